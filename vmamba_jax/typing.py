@@ -1,0 +1,31 @@
+"""Axis letters used in every shape annotation and docstring, and the array types built on them.
+
+========  ==================================================================
+letter    axis
+========  ==================================================================
+``B``     batch
+``H W``   height and width of the image or feature map, in pixels or patches
+``L``     sequence length of a scan, ``L = H * W``
+``K``     scan directions (routes)
+``G``     distinct layouts among the K routes (the rest are those, reversed)
+``C``     channels
+``N``     size of the hidden state of each channel
+``R``     rank of the projection that yields delta; heads in the Mamba-2 form
+``P``     channels of one head in the Mamba-2 form, ``C = R * P``
+========  ==================================================================
+
+Feature maps are channels-last everywhere: ``(B, H, W, C)``.
+"""
+
+from typing import Any, TypeAlias
+
+import jax
+from jaxtyping import Array, Float, Int, Num
+
+FeatureMap: TypeAlias = Float[Array, "B H W C"]
+Images: TypeAlias = Float[Array, "B H W C"]
+Variables: TypeAlias = dict[str, Any]
+"""Flax variable collections: ``{"params": {...}}`` and, with BatchNorm, ``"batch_stats"``."""
+Dtype: TypeAlias = jax.typing.DTypeLike
+
+__all__ = ["Array", "Dtype", "FeatureMap", "Float", "Images", "Int", "Num", "Variables"]
