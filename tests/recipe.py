@@ -20,7 +20,7 @@ def normal(name: str, shape, seed: int) -> np.ndarray:
 
 
 def weight(key: str, shape, seed: int) -> np.ndarray:
-    """Weight for one PyTorch state-dict key (today's names, e.g. layers.0.blocks.0.op.x_proj_weight)."""
+    """Weight for one PyTorch state-dict key (today's names, as in layers.0.blocks.0.op.Ds)."""
     shape = tuple(shape)
     z = normal(key, shape, seed)
     leaf = key.rsplit(".", 1)[-1]
@@ -48,12 +48,8 @@ def weight(key: str, shape, seed: int) -> np.ndarray:
         return 0.1 * z
     if len(shape) == 1:  # a norm's scale
         return 1.0 + 0.1 * z
-    if leaf == "dt_projs_weight":  # (K, C, R)
-        fan_in = shape[-1]
-    elif leaf == "x_proj_weight":  # (K, R+2N, C)
-        fan_in = shape[-1]
-    else:  # (out, in, *kernel)
-        fan_in = int(np.prod(shape[1:]))
+    stacked = leaf in ("dt_projs_weight", "x_proj_weight")  # (K, C, R), (K, R+2N, C)
+    fan_in = shape[-1] if stacked else int(np.prod(shape[1:]))  # else (out, in, *kernel)
     return (z / np.sqrt(fan_in)).astype(np.float32)
 
 

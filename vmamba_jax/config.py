@@ -1,10 +1,11 @@
 """The architecture of one VMamba as a frozen, hashable value, and the grammar of `forward_type`."""
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
+
+from vmamba_jax._closest import closest
 
 ScanOrder = Literal["cross2d", "unidi", "bidi", "rot90", "cascade2d"]
 OutNorm = Literal["layernorm", "none", "dwconv3", "cnorm", "softmax", "sigmoid"]
@@ -70,14 +71,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "downsample_version": ("v1", "v2", "v3", "none"),
     "patchembed_version": ("v1", "v2"),
 }
-
-
-def closest(name: object, accepted: Iterable[str]) -> str:
-    """Ends an error message: the closest accepted name, if one is close, and the whole list."""
-    accepted = list(accepted)
-    match = difflib.get_close_matches(str(name), accepted, n=1)
-    hint = f" Did you mean {match[0]!r}?" if match else ""
-    return f"{hint} Accepted: {', '.join(accepted)}."
 
 
 def parse_forward_type(forward_type: str) -> ForwardType:

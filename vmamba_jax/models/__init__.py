@@ -1,0 +1,1 @@
+"""The VMamba modules, Flax Linen."""

@@ -1,0 +1,17 @@
+"""Pure functions on arrays: selective scans, 2-D traversal orders, the Mamba-2 form. No Flax."""
+
+from vmamba_jax.ops.scan_2d import selective_scan_2d, ssd_2d
+from vmamba_jax.ops.scan_order import cross_merge, cross_scan
+from vmamba_jax.ops.selective_scan import IMPLEMENTATIONS, default_implementation, selective_scan
+from vmamba_jax.ops.ssd import ssd
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "cross_merge",
+    "cross_scan",
+    "default_implementation",
+    "selective_scan",
+    "selective_scan_2d",
+    "ssd",
+    "ssd_2d",
+]

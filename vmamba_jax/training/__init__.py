@@ -1,0 +1,1 @@
+"""The training recipe: state, step, sharding, loop."""

@@ -1,0 +1,168 @@
+"""Every implementation of the selective scan against the plain recurrence in NumPy float64."""
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vmamba_jax.ops import IMPLEMENTATIONS, default_implementation, selective_scan
+
+SCAN = jax.jit(selective_scan, static_argnames=("delta_softplus", "reverse", "implementation"))
+ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "delta_bias")
+
+
+def make_inputs(length, states, *, batch=2, routes=2, channels=5, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (batch, length, routes, channels)
+    return {
+        "u": rng.normal(size=shape),
+        "delta": rng.normal(size=shape) - 1.0,
+        "A": -np.exp(rng.normal(size=(routes, channels, states))),
+        "B": rng.normal(size=(batch, length, routes, states)),
+        "C": rng.normal(size=(batch, length, routes, states)),
+        "D": rng.normal(size=(routes, channels)),
+        "delta_bias": 0.5 * rng.normal(size=(routes, channels)),
+    }
+
+
+def recurrence(u, delta, A, B, C, D, delta_bias, *, softplus=True, reverse=False):
+    """The definition, element by element in float64."""
+    step = delta + (0 if delta_bias is None else delta_bias)
+    step = np.logaddexp(step, 0) if softplus else step
+    y = np.zeros_like(u)
+    h = np.zeros((u.shape[0], *A.shape))
+    for now in reversed(range(u.shape[1])) if reverse else range(u.shape[1]):
+        s = step[:, now, :, :, None]
+        h = np.exp(s * A) * h + s * B[:, now, :, None] * u[:, now, :, :, None]
+        y[:, now] = (h * C[:, now, :, None]).sum(-1) + (0 if D is None else D * u[:, now])
+    return y
+
+
+def in_dtype(inputs, dtype):
+    """u, delta, B and C in `dtype`; the weights stay float32."""
+    low = ("u", "delta", "B", "C")
+    return {k: jnp.asarray(v, dtype if k in low else jnp.float32) for k, v in inputs.items()}
+
+
+def relative_error(actual, expected):
+    actual, expected = (np.asarray(a, np.float64) for a in (actual, expected))
+    return np.abs(actual - expected).max() / np.abs(expected).max()
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    return request.param
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("states", [1, 16])
+@pytest.mark.parametrize("length", [1, 64, 131])  # 131 is prime: no chunk divides it
+def test_forward_equals_the_recurrence(implementation, length, states, reverse):
+    inputs = make_inputs(length, states)
+    expected = recurrence(**inputs, reverse=reverse)
+    arrays = in_dtype(inputs, jnp.float32)
+    actual = SCAN(**arrays, reverse=reverse, implementation=implementation)
+    assert relative_error(actual, expected) < 3e-6
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("states", [1, 16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_every_gradient_equals_the_reference(implementation, dtype, states, reverse):
+    inputs = in_dtype(make_inputs(131, states, batch=1), dtype)
+    probe = jnp.asarray(np.random.default_rng(1).normal(size=inputs["u"].shape), jnp.float32)
+
+    @partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradients(inputs, implementation):
+        y = selective_scan(**inputs, reverse=reverse, implementation=implementation)
+        return (y.astype(jnp.float32) * probe).sum()
+
+    # bfloat16 inputs are exact in float32, so the reference sees the same numbers.
+    wide = {k: v.astype(jnp.float32) for k, v in inputs.items()}
+    expected = gradients(wide, "reference")
+    actual = gradients(inputs, implementation)
+    tolerance = 2e-5 if dtype == jnp.float32 else 1.5e-2
+    for name in ARGUMENTS:
+        assert actual[name].dtype == inputs[name].dtype, name
+        assert relative_error(actual[name], expected[name]) < tolerance, name
+
+
+def test_bfloat16_output_is_within_rounding_of_float32(implementation):
+    inputs = in_dtype(make_inputs(131, 16), jnp.bfloat16)
+    wide = {k: v.astype(jnp.float32) for k, v in inputs.items()}
+    expected = SCAN(**wide, implementation="reference")
+    actual = SCAN(**inputs, implementation=implementation)
+    assert actual.dtype == jnp.bfloat16
+    assert relative_error(actual, expected) < 2**-8
+
+
+@pytest.mark.parametrize("step", [1e-6, 1.0, 1e3])
+def test_extreme_step_sizes_stay_finite(implementation, step):
+    inputs = make_inputs(97, 4)
+    inputs["delta"] = np.full_like(inputs["delta"], step)
+    expected = recurrence(**{**inputs, "delta_bias": None}, softplus=False)
+    arrays = in_dtype(inputs, jnp.float32)
+    del arrays["delta_bias"]
+
+    def scan(arrays):
+        return SCAN(**arrays, delta_softplus=False, implementation=implementation)
+
+    assert relative_error(scan(arrays), expected) < 3e-6
+    gradients = jax.grad(lambda a: scan(a).sum())(arrays)
+    for name, gradient in gradients.items():
+        assert np.isfinite(gradient).all(), name
+
+
+@pytest.mark.parametrize("raw", [-1e4, 1e4])
+def test_extreme_inputs_of_softplus_stay_finite(implementation, raw):
+    inputs = make_inputs(33, 2)
+    inputs["delta"] = np.full_like(inputs["delta"], raw)
+    arrays = in_dtype(inputs, jnp.float32)
+    value, gradients = jax.value_and_grad(lambda a: SCAN(**a, implementation=implementation).sum())(
+        arrays
+    )
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in gradients.values())
+
+
+def test_skip_and_bias_are_optional(implementation):
+    inputs = make_inputs(20, 3)
+    inputs["D"] = inputs["delta_bias"] = None
+    arrays = {k: None if v is None else jnp.asarray(v, jnp.float32) for k, v in inputs.items()}
+    actual = SCAN(**arrays, implementation=implementation)
+    assert relative_error(actual, recurrence(**inputs)) < 3e-6
+
+
+def test_default_is_sequential_on_cpu_and_associative_on_accelerators():
+    assert default_implementation() == "sequential"
+    assert default_implementation("gpu") == default_implementation("tpu") == "associative"
+
+
+def test_an_unknown_implementation_names_the_closest():
+    arrays = in_dtype(make_inputs(4, 1), jnp.float32)
+    with pytest.raises(ValueError, match="Did you mean 'associative'"):
+        selective_scan(**arrays, implementation="asociative")
+
+
+def test_names_are_tried_in_turn(monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("not on this machine")
+
+    table = {"refuses": refuse, **IMPLEMENTATIONS}
+    monkeypatch.setattr(sys.modules[selective_scan.__module__], "IMPLEMENTATIONS", table)
+    arrays = in_dtype(make_inputs(4, 1), jnp.float32)
+    expected = selective_scan(**arrays, implementation="sequential")
+    actual = selective_scan(**arrays, implementation=("refuses", "sequential"))
+    np.testing.assert_array_equal(actual, expected)
+    with pytest.raises(NotImplementedError, match="refuses: not on this machine"):
+        selective_scan(**arrays, implementation="refuses")
+
+
+def test_shapes_that_do_not_fit_are_named():
+    arrays = in_dtype(make_inputs(4, 2), jnp.float32)
+    with pytest.raises(ValueError, match=r"B must be \(2, 4, 2, 2\)"):
+        selective_scan.__wrapped__(**{**arrays, "B": arrays["B"][..., :1]})

@@ -1,0 +1,39 @@
+"""The selective scan as its formula reads, in float32: what the other implementations must equal.
+
+Materialises the (B, L, K, C, N) decay and drive, so it is for small inputs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from vmamba_jax.ops._discretise import step_size
+from vmamba_jax.typing import Array, Float
+
+
+def selective_scan(
+    u: Float[Array, "B L K C"],
+    delta: Float[Array, "B L K C"],
+    A: Float[Array, "K C N"],
+    B: Float[Array, "B L K N"],
+    C: Float[Array, "B L K N"],
+    D: Float[Array, "K C"] | None,
+    delta_bias: Float[Array, "K C"] | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> Float[Array, "B L K C"]:
+    """See `vmamba_jax.ops.selective_scan`."""
+    x = u.astype(jnp.float32)
+    step = step_size(delta, delta_bias, delta_softplus)
+    decay = jnp.exp(jnp.einsum("blkc,kcn->blkcn", step, A.astype(jnp.float32)))
+    drive = jnp.einsum("blkc,blkn->blkcn", step * x, B.astype(jnp.float32))
+
+    def advance(h: Array, at_step: tuple[Array, Array]) -> tuple[Array, Array]:
+        h = at_step[0] * h + at_step[1]
+        return h, h
+
+    time_major = (jnp.moveaxis(decay, 1, 0), jnp.moveaxis(drive, 1, 0))
+    _, states = jax.lax.scan(advance, jnp.zeros_like(decay[:, 0]), time_major, reverse=reverse)
+    y = jnp.einsum("lbkcn,blkn->blkc", states, C.astype(jnp.float32))
+    if D is not None:
+        y = y + D.astype(jnp.float32)[None, None] * x
+    return y.astype(u.dtype)

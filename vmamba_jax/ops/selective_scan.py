@@ -1,0 +1,109 @@
+"""The selective scan, one function over several implementations."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+
+from vmamba_jax._closest import closest
+from vmamba_jax.ops import _associative, _reference, _sequential
+from vmamba_jax.typing import Array, Float
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = MappingProxyType(
+    {
+        "reference": _reference.selective_scan,
+        "sequential": _sequential.selective_scan,
+        "associative": _associative.selective_scan,
+    }
+)
+"""Name -> implementation; one that can't serve an input raises NotImplementedError."""
+
+_DEFAULTS = {"cpu": "sequential", "gpu": "associative", "tpu": "associative"}
+
+
+def default_implementation(platform: str | None = None) -> str:
+    """The best implementation for a platform (``"cpu"``, ``"gpu"``, ``"tpu"``; None: this one)."""
+    return _DEFAULTS.get(platform or jax.default_backend(), "associative")
+
+
+def selective_scan(
+    u: Float[Array, "B L K C"],
+    delta: Float[Array, "B L K C"],
+    A: Float[Array, "K C N"],
+    B: Float[Array, "B L K N"],
+    C: Float[Array, "B L K N"],
+    D: Float[Array, "K C"] | None = None,
+    delta_bias: Float[Array, "K C"] | None = None,
+    delta_softplus: bool = True,
+    *,
+    reverse: bool = False,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "B L K C"]:
+    """Runs K independent selective state space models over a sequence (Mamba, algorithm 2).
+
+    With ``s = softplus(delta + delta_bias)``, for every batch element, route and channel::
+
+        h[l] = exp(s[l] * A) * h[l - 1] + s[l] * B[l] * u[l]        h in R^N, h[-1] = 0
+        y[l] = <C[l], h[l]> + D * u[l]
+
+    The step size, the decay and the state are float32 whatever the inputs are. Differentiable in
+    every array.
+
+    Args:
+        u: input, any float dtype.
+        delta: step sizes before bias and softplus.
+        A: decay rates, negative.
+        B: input weights, shared by the channels of a route.
+        C: output weights, shared by the channels of a route.
+        D: skip weights; None leaves the skip out.
+        delta_bias: added to `delta`; None adds nothing.
+        delta_softplus: whether softplus makes the step sizes positive.
+        reverse: run from the last element to the first (the output stays in input order).
+        implementation: a name in `IMPLEMENTATIONS`, or several to try in turn until one can serve
+            these inputs, or None for the platform's default.
+
+    Returns:
+        y, in the dtype of `u`.
+
+    Raises:
+        ValueError: for shapes that do not fit together, or an unknown implementation.
+        NotImplementedError: if no implementation asked for can serve these inputs.
+    """
+    _check_shapes(u, delta, A, B, C, D, delta_bias)
+    if implementation is None:
+        names: Sequence[str] = (default_implementation(),)
+    else:
+        names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"unknown implementation {name!r}." + closest(name, IMPLEMENTATIONS))
+    refusals = []
+    for name in names:
+        try:
+            return IMPLEMENTATIONS[name](u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
+        except NotImplementedError as refusal:
+            refusals.append(f"{name}: {refusal}")
+    raise NotImplementedError("no implementation can serve this scan. " + "; ".join(refusals))
+
+
+def _check_shapes(
+    u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array | None, delta_bias: Array | None
+) -> None:
+    if u.ndim != 4 or u.shape[1] == 0:
+        raise ValueError(f"u must be (B, L, K, C) with L > 0, got {u.shape}")
+    batch, length, routes, channels = u.shape
+    states = A.shape[-1]
+    expected = {
+        "delta": (delta, (batch, length, routes, channels)),
+        "A": (A, (routes, channels, states)),
+        "B": (B, (batch, length, routes, states)),
+        "C": (C, (batch, length, routes, states)),
+        "D": (D, (routes, channels)),
+        "delta_bias": (delta_bias, (routes, channels)),
+    }
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} must be {shape} to fit u {u.shape}, got {array.shape}")
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name} must be a float array, got {array.dtype}")
