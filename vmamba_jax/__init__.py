@@ -1,7 +1,21 @@
 """VMamba, the visual state space model, in functional Flax."""
 
 from vmamba_jax.config import VMambaConfig
+from vmamba_jax.models import SS2D, VSSM, VSSBlock
+from vmamba_jax.ops import selective_scan
+from vmamba_jax.registry import create_model, list_models, model_config, register_model
 
 __version__ = "0.1.0"
 
-__all__ = ["VMambaConfig", "__version__"]
+__all__ = [
+    "SS2D",
+    "VSSM",
+    "VMambaConfig",
+    "VSSBlock",
+    "__version__",
+    "create_model",
+    "list_models",
+    "model_config",
+    "register_model",
+    "selective_scan",
+]

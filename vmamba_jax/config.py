@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from vmamba_jax._closest import closest
@@ -152,8 +152,8 @@ class VMambaConfig:
     patch_size: int = 4
     in_chans: int = 3
     num_classes: int = 1000
-    depths: tuple[int, ...] = (2, 2, 9, 2)
-    dims: int | tuple[int, ...] = (96, 192, 384, 768)
+    depths: Sequence[int] = (2, 2, 9, 2)
+    dims: int | Sequence[int] = (96, 192, 384, 768)
     ssm_d_state: int = 16
     ssm_ratio: float = 2.0
     ssm_dt_rank: int | Literal["auto"] = "auto"
@@ -194,57 +194,43 @@ class VMambaConfig:
             if lowered not in accepted:
                 raise ValueError(f"unknown {field} {value!r}." + closest(value, accepted))
             object.__setattr__(self, field, lowered)
-        forward_type = parse_forward_type(self.forward_type)
-        self._check(forward_type)
+        for problem in self._problems():
+            raise ValueError(problem)
 
-    def _check(self, forward_type: ForwardType) -> None:
-        dims = self.stage_dims
-        problems: Sequence[tuple[bool, str]] = (
-            (not self.depths or min(self.depths) < 1, "depths must be one or more positive counts"),
-            (min(dims, default=0) < 1, "dims must be positive"),
-            (
-                len(dims) != len(self.depths),
-                f"dims has {len(dims)} stages and depths has {len(self.depths)}",
-            ),
-            (self.patch_size < 1 or self.in_chans < 1, "patch_size and in_chans must be positive"),
-            (
-                self.patchembed_version == "v2" and (self.patch_size < 2 or self.patch_size % 2),
-                "patchembed_version 'v2' needs an even patch_size",
-            ),
-            (self.num_classes < 0, "num_classes must be 0 (features only) or positive"),
-            (self.ssm_d_state < 1, "ssm_d_state must be positive"),
-            (self.ssm_ratio < 0 or self.mlp_ratio < 0, "ssm_ratio and mlp_ratio can't be negative"),
-            (
-                self.ssm_dt_rank != "auto" and int(self.ssm_dt_rank) < 1,
-                "ssm_dt_rank must be 'auto' or positive",
-            ),
-            (self.ssm_conv > 1 and self.ssm_conv % 2 == 0, "ssm_conv must be odd, or below 2"),
-            (
-                any(
-                    not 0 <= rate < 1
-                    for rate in (self.drop_path_rate, self.ssm_drop_rate, self.mlp_drop_rate)
-                ),
-                "drop rates must lie in [0, 1)",
-            ),
-            (
-                self.downsample_version == "none" and len(set(dims)) > 1,
-                "downsample_version 'none' needs the same dims in every stage",
-            ),
-            (
-                forward_type.operator == "m0" and self.ssm_init == "v0",
-                "forward_type 'm0' needs ssm_init 'v1' or 'v2'",
-            ),
-            (
-                forward_type.operator == "m0"
-                and any(
-                    self.inner_dim(i) % self.dt_rank(i) for i in range(len(dims)) if self.ssm_ratio
-                ),
-                "forward_type 'm0' needs ssm_ratio * dims to be a multiple of ssm_dt_rank",
-            ),
-        )
-        for failed, message in problems:
-            if failed:
-                raise ValueError(message)
+    def _problems(self) -> Iterator[str]:
+        dims, forward_type = self.stage_dims, parse_forward_type(self.forward_type)
+        if not self.depths or min(self.depths) < 1:
+            yield f"depths must be positive counts, one a stage, got {self.depths}"
+        if len(dims) != len(self.depths):
+            yield f"dims has {len(dims)} stages and depths has {len(self.depths)}"
+        if min(dims) < 1:
+            yield f"dims must be positive, got {dims}"
+        if self.patch_size < 1 or self.in_chans < 1:
+            yield "patch_size and in_chans must be positive"
+        if self.patchembed_version == "v2" and (self.patch_size % 2 or min(dims) < 2):
+            yield "patchembed_version 'v2' needs an even patch_size and at least 2 channels"
+        if self.num_classes < 0:
+            yield f"num_classes must be 0 (features only) or positive, got {self.num_classes}"
+        if self.ssm_d_state < 1:
+            yield f"ssm_d_state must be positive, got {self.ssm_d_state}"
+        if self.ssm_ratio < 0 or self.mlp_ratio < 0:
+            yield "ssm_ratio and mlp_ratio can't be negative"
+        if self.ssm_dt_rank != "auto" and self.ssm_dt_rank < 1:
+            yield f"ssm_dt_rank must be 'auto' or positive, got {self.ssm_dt_rank}"
+        if self.ssm_conv > 1 and self.ssm_conv % 2 == 0:
+            yield f"ssm_conv must be odd (or below 2: no convolution), got {self.ssm_conv}"
+        for name in ("drop_path_rate", "ssm_drop_rate", "mlp_drop_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name} must lie in [0, 1), got {getattr(self, name)}"
+        if self.downsample_version == "none" and len(set(dims)) > 1:
+            yield f"downsample_version 'none' needs the same dims in every stage, got {dims}"
+        if self.posembed and self.imgsize < self.patch_size:
+            yield f"imgsize {self.imgsize} holds no patch of {self.patch_size} pixels"
+        if forward_type.operator == "m0" and self.ssm_ratio > 0:
+            if self.ssm_init == "v0":
+                yield "forward_type 'm0' needs ssm_init 'v1' or 'v2'"
+            if any(self.inner_dim(i) % self.dt_rank(i) for i in range(len(dims))):
+                yield "forward_type 'm0' needs ssm_ratio * dims to be a multiple of ssm_dt_rank"
 
     @property
     def stage_dims(self) -> tuple[int, ...]:
@@ -261,6 +247,23 @@ class VMambaConfig:
         if self.ssm_dt_rank == "auto":
             return math.ceil(self.stage_dims[stage] / 16)
         return self.ssm_dt_rank
+
+    def feature_size(self, height: int, width: int, stage: int = -1) -> tuple[int, int]:
+        """Height and width of a stage's map, in positions, for an image of this size in pixels."""
+        stage = range(len(self.depths))[stage]
+
+        def side(pixels: int) -> int:
+            if self.patchembed_version == "v1":
+                pixels //= self.patch_size
+            else:
+                stride = self.patch_size // 2
+                for _ in range(2):
+                    pixels = (pixels + 1 - stride) // stride + 1
+            for _ in range(stage if self.downsample_version != "none" else 0):
+                pixels = pixels // 2 if self.downsample_version == "v2" else (pixels + 1) // 2
+            return max(pixels, 0)
+
+        return side(height), side(width)
 
     def replace(self, **overrides: object) -> "VMambaConfig":
         """A copy with some fields changed.

@@ -12,6 +12,7 @@ letter    axis
 ``N``     size of the hidden state of each channel
 ``R``     rank of the projection that yields delta; heads in the Mamba-2 form
 ``P``     channels of one head in the Mamba-2 form, ``C = R * P``
+``E``     what SS2D projects each position to: delta, B and C, ``E = R + 2 * N``
 ========  ==================================================================
 
 Feature maps are channels-last everywhere: ``(B, H, W, C)``.
@@ -23,9 +24,21 @@ import jax
 from jaxtyping import Array, Float, Int, Num
 
 FeatureMap: TypeAlias = Float[Array, "B H W C"]
-Images: TypeAlias = Float[Array, "B H W C"]
+ResampledMap: TypeAlias = Float[Array, "B h w c"]
+"""A feature map of another size and other channels than the FeatureMap beside it."""
+Images: TypeAlias = Num[Array, "B image_H image_W image_C"]
 Variables: TypeAlias = dict[str, Any]
 """Flax variable collections: ``{"params": {...}}`` and, with BatchNorm, ``"batch_stats"``."""
 Dtype: TypeAlias = jax.typing.DTypeLike
 
-__all__ = ["Array", "Dtype", "FeatureMap", "Float", "Images", "Int", "Num", "Variables"]
+__all__ = [
+    "Array",
+    "Dtype",
+    "FeatureMap",
+    "Float",
+    "Images",
+    "Int",
+    "Num",
+    "ResampledMap",
+    "Variables",
+]

@@ -1,1 +1,7 @@
-"""The VMamba modules, Flax Linen."""
+"""The VMamba modules, Flax Linen, channels-last."""
+
+from vmamba_jax.models.layers import GatedMlp, Mlp, PatchEmbed, PatchMerging
+from vmamba_jax.models.ss2d import SS2D
+from vmamba_jax.models.vssm import VSSM, VSSBlock
+
+__all__ = ["SS2D", "VSSM", "GatedMlp", "Mlp", "PatchEmbed", "PatchMerging", "VSSBlock"]

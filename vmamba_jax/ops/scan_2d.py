@@ -15,7 +15,7 @@ EPSILON = 1e-5  # of the cascaded scan's normalisation, as of every other one in
 
 def selective_scan_2d(
     x: FeatureMap,
-    x_proj: Float[Array, "K R+2*N C"],
+    x_proj: Float[Array, "K E C"],
     dt_proj: Float[Array, "K C R"],
     dt_bias: Float[Array, "K C"],
     A_logs: Float[Array, "K C N"],
@@ -66,7 +66,7 @@ def selective_scan_2d(
 
 def ssd_2d(
     x: FeatureMap,
-    x_proj: Float[Array, "K R+2*N C"],
+    x_proj: Float[Array, "K E C"],
     dt_bias: Float[Array, "K R"],
     A_logs: Float[Array, "K R"],
     D: Float[Array, "K R P"],
@@ -95,7 +95,7 @@ def ssd_2d(
         heads = u.reshape(*u.shape[:3], *D.shape[1:])
         y = ssd(heads, dt, decay_rate[part], b, c, D[part], dt_bias[part], reverse=reverse)
         merged = merged + y.reshape(u.shape).astype(jnp.float32)
-    return from_layouts(merged, *x.shape[1:3], order)
+    return from_layouts(merged, x.shape[1], x.shape[2], order)
 
 
 def _scan_both_ways(
@@ -123,7 +123,7 @@ def _scan_both_ways(
 
 
 def _project(
-    layouts: Float[Array, "B L G C"], x_proj: Float[Array, "K R+2*N C"], rank: int
+    layouts: Float[Array, "B L G C"], x_proj: Float[Array, "K E C"], rank: int
 ) -> tuple[Float[Array, "B L K C"], Array, Array, Array]:
     """Each route's input, and its delta (before the lift), B and C."""
     batch, length, _, channels = layouts.shape

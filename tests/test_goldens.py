@@ -1,0 +1,94 @@
+"""The models against numbers computed by the PyTorch VMamba in float32 on a CPU."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from recipe import cotangent, images, probe, state_dict
+
+from vmamba_jax import VSSM, VMambaConfig
+from vmamba_jax.convert import from_torch, to_torch
+from vmamba_jax.ops import IMPLEMENTATIONS
+
+DATA = Path(__file__).parent / "data"
+SMALL = sorted(p.stem for p in (DATA / "golden_small").glob("*.npz"))
+RELEASED = sorted(p.stem for p in (DATA / "golden_released").glob("*.npz"))
+
+
+class Golden:
+    """One golden file: the arrays, and the config, weights and input they were computed from."""
+
+    def __init__(self, folder, name):
+        self.arrays = dict(np.load(DATA / folder / f"{name}.npz"))
+        self.meta = json.loads(str(self.arrays.pop("meta")))
+        self.config = VMambaConfig(**self.meta["config"])
+        self.seed = self.meta["seed"]
+        self.state_dict = state_dict(self.meta["shapes"], self.seed)
+        nchw = images(self.meta["input_shape_nchw"], self.seed)
+        self.images = jnp.asarray(nchw.transpose(0, 2, 3, 1))
+
+    def __getitem__(self, key):
+        return self.arrays[key]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", SMALL)
+def test_small_model_equals_pytorch(name, implementation):
+    golden = Golden("golden_small", name)
+    variables = from_torch(golden.state_dict, golden.config)
+    model = VSSM(golden.config, scan_implementation=implementation)
+
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def loss(params, images):
+        both = {**variables, "params": params}
+        logits, state = model.apply(
+            both,
+            images,
+            capture_intermediates=lambda module, _: module.name and "blocks" in module.name,
+        )
+        return (logits * cotangent(logits.shape, golden.seed)).sum(), (logits, state)
+
+    (value, (logits, state)), (grads, grad_images) = loss(variables["params"], golden.images)
+
+    np.testing.assert_allclose(logits, golden["logits"], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(value, golden["loss"], rtol=1e-4)
+    for i, depth in enumerate(golden.config.depths):
+        last = state["intermediates"][f"layers_{i}_blocks_{depth - 1}"]["__call__"][0]
+        assert last.shape == tuple(golden[f"stage{i}_shape"])
+        np.testing.assert_allclose(
+            last.mean(axis=(1, 2)), golden[f"stage{i}_mean_hw"], atol=1e-4, rtol=0
+        )
+        rms = jnp.sqrt((last**2).mean())
+        np.testing.assert_allclose(rms, golden[f"stage{i}_rms"], rtol=1e-4)
+
+    named = to_torch({"params": grads}, golden.config)
+    assert set(named) == set(golden["grad_keys"])
+    for key, norm, dot in zip(
+        golden["grad_keys"], golden["grad_norm"], golden["grad_dot"], strict=True
+    ):
+        vector = probe(key, named[key].shape, golden.seed)
+        np.testing.assert_allclose(np.linalg.norm(named[key]), norm, rtol=1e-4, err_msg=key)
+        actual = np.vdot(named[key].astype(np.float64), vector)
+        assert abs(actual - dot) < 1e-4 * norm * np.linalg.norm(vector), key
+    expected = golden["grad_input"].transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(grad_images, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_architecture_equals_pytorch(name):
+    golden = Golden("golden_released", name)
+    variables = from_torch(golden.state_dict, golden.config)
+    for implementation in IMPLEMENTATIONS:
+        model = VSSM(golden.config, scan_implementation=implementation)
+        logits = jax.jit(model.apply)(variables, golden.images)
+        np.testing.assert_allclose(
+            logits, golden["logits"], atol=1e-4, rtol=0, err_msg=implementation
+        )
+    low = VSSM(golden.config, dtype=jnp.bfloat16)
+    error = np.asarray(jax.jit(low.apply)(variables, golden.images)) - golden["logits"]
+    assert np.sqrt((error**2).mean()) < 2e-2 * golden["logits"].std()

@@ -1,0 +1,287 @@
+"""The layers around SS2D: normalisation, convolutions, patch embedding, downsampling, MLPs.
+
+Every module computes in `dtype` and stores in `param_dtype`. Initial values follow PyTorch's
+defaults and VMamba's own, so that a model trained from scratch starts where the original does.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vmamba_jax.typing import Array, Dtype, FeatureMap, Images, ResampledMap
+
+EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
+
+activations: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
+}
+
+# timm's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations away.
+linear_init = nn.initializers.normal(0.02)
+
+
+def uniform_init(bound: float) -> nn.initializers.Initializer:
+    """Uniform between -bound and bound."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def dtypes_of(module: Any) -> dict[str, Any]:
+    """A module's compute and storage dtype, to hand on to the modules inside it."""
+    return {"dtype": module.dtype, "param_dtype": module.param_dtype}
+
+
+def dense(
+    features: int, *, dtype: Dtype, param_dtype: Dtype, use_bias: bool = True, name: str
+) -> nn.Dense:
+    """A linear layer with VMamba's initial values."""
+    return nn.Dense(
+        features,
+        use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=linear_init,
+        name=name,
+    )
+
+
+def conv(
+    features: int,
+    kernel: int,
+    *,
+    in_features: int,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+    use_bias: bool = True,
+    dtype: Dtype,
+    param_dtype: Dtype,
+    name: str,
+) -> nn.Conv:
+    """A square convolution, padded explicitly, with PyTorch's default initial values."""
+    bound = (in_features // groups * kernel * kernel) ** -0.5
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=stride,
+        padding=padding,
+        feature_group_count=groups,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=uniform_init(bound),
+        bias_init=uniform_init(bound),
+        name=name,
+    )
+
+
+def depthwise_conv(
+    features: int, kernel: int, *, use_bias: bool, dtype: Dtype, param_dtype: Dtype, name: str
+) -> nn.Conv:
+    """A convolution of each channel by itself that keeps the size of the map."""
+    return conv(
+        features,
+        kernel,
+        in_features=features,
+        padding=(kernel - 1) // 2,
+        groups=features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        name=name,
+    )
+
+
+def norm(kind: str, *, train: bool, dtype: Dtype, param_dtype: Dtype, name: str) -> nn.Module:
+    """The normalisation a config names: ``"ln"``, ``"ln2d"`` (the same, channels-last) or ``"bn"``.
+
+    Statistics are float32. BatchNorm's running variance is the biased one (PyTorch's is unbiased).
+    """
+    if kind == "bn":
+        return nn.BatchNorm(
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=EPSILON,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            name=name,
+        )
+    # Two passes over the variance: the fast one cancels when the mean is large.
+    return nn.LayerNorm(
+        epsilon=EPSILON, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name
+    )
+
+
+class PatchEmbed(nn.Module):
+    """Image to feature map, one position a patch.
+
+    Attributes:
+        features: output channels.
+        patch_size: side of a patch, in pixels.
+        version: ``"v1"``: one convolution of stride `patch_size`; ``"v2"``: two overlapping ones
+            of half that stride with GELU between.
+        patch_norm: whether the convolutions are normalised.
+        norm_layer: see `norm`.
+        dtype: compute dtype.
+        param_dtype: dtype of the parameters.
+    """
+
+    features: int
+    patch_size: int = 4
+    version: str = "v1"
+    patch_norm: bool = True
+    norm_layer: str = "ln"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Images, train: bool = False) -> FeatureMap:
+        """``(B, H, W, 3) -> (B, H / patch, W / patch, C)``."""
+        dtypes = dtypes_of(self)
+
+        def normalise(x: FeatureMap, name: str) -> FeatureMap:
+            return (
+                norm(self.norm_layer, train=train, name=name, **dtypes)(x) if self.patch_norm else x
+            )
+
+        channels = images.shape[-1]
+        if self.version == "v1":
+            patch = self.patch_size
+            x = conv(
+                self.features, patch, stride=patch, in_features=channels, name="conv", **dtypes
+            )(images)
+            return normalise(x, "norm")
+        stride = self.patch_size // 2
+        half = self.features // 2
+        overlapping = partial(conv, kernel=stride + 1, stride=stride, padding=1, **dtypes)
+        x = overlapping(half, in_features=channels, name="conv1")(images)
+        x = activations["gelu"](normalise(x, "norm1"))
+        x = overlapping(self.features, in_features=half, name="conv2")(x)
+        return normalise(x, "norm2")
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampling: the four positions of each 2x2 cell side by side, normalised, projected.
+
+    A map of odd size is padded by one row or column of zeros at its end.
+
+    Attributes:
+        features: output channels.
+        norm_layer: see `norm`.
+        dtype: compute dtype.
+        param_dtype: dtype of the parameters.
+    """
+
+    features: int
+    norm_layer: str = "ln"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, train: bool = False) -> ResampledMap:
+        """``(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), features)``."""
+        dtypes = dtypes_of(self)
+        batch, height, width, channels = x.shape
+        x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+        x = x.reshape(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, channels)
+        # The column offset varies slowest in PyTorch's concatenation.
+        x = x.transpose(0, 1, 3, 4, 2, 5).reshape(*x.shape[:2], x.shape[3], 4 * channels)
+        x = norm(self.norm_layer, train=train, name="norm", **dtypes)(x)
+        return dense(self.features, use_bias=False, name="reduction", **dtypes)(x)
+
+
+class ConvDownsample(nn.Module):
+    """Downsampling by a convolution of stride 2, normalised.
+
+    Attributes:
+        features: output channels.
+        kernel: 2 (no padding: an odd row or column is dropped) or 3 (padded by one).
+        norm_layer: see `norm`.
+        dtype: compute dtype.
+        param_dtype: dtype of the parameters.
+    """
+
+    features: int
+    kernel: int = 3
+    norm_layer: str = "ln"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, train: bool = False) -> ResampledMap:
+        """``(B, H, W, C) -> (B, H / 2, W / 2, features)``, rounded down (kernel 2) or up (3)."""
+        dtypes = dtypes_of(self)
+        x = conv(
+            self.features,
+            self.kernel,
+            stride=2,
+            padding=self.kernel - 2,
+            in_features=x.shape[-1],
+            name="conv",
+            **dtypes,
+        )(x)
+        return norm(self.norm_layer, train=train, name="norm", **dtypes)(x)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between.
+
+    Attributes:
+        hidden_features: channels between the two.
+        act_layer: activation, a key of `activations`.
+        dropout: rate after the activation and after the output.
+        dtype: compute dtype.
+        param_dtype: dtype of the parameters.
+    """
+
+    hidden_features: int
+    act_layer: str = "gelu"
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, train: bool = False) -> FeatureMap:
+        """Maps each position by itself; the shape stays."""
+        dtypes = dtypes_of(self)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        hidden = dense(self.hidden_features, name="fc1", **dtypes)(x)
+        hidden = drop(activations[self.act_layer](hidden))
+        return drop(dense(x.shape[-1], name="fc2", **dtypes)(hidden))
+
+
+class GatedMlp(nn.Module):
+    """An MLP whose hidden layer is the product of a linear and an activated half.
+
+    Attributes:
+        hidden_features: channels of each half.
+        act_layer: activation of the gate, a key of `activations`.
+        dropout: rate after the output.
+        dtype: compute dtype.
+        param_dtype: dtype of the parameters.
+    """
+
+    hidden_features: int
+    act_layer: str = "gelu"
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, train: bool = False) -> FeatureMap:
+        """Maps each position by itself; the shape stays."""
+        dtypes = dtypes_of(self)
+        both = dense(2 * self.hidden_features, name="fc1", **dtypes)(x)
+        hidden, gate = jnp.split(both, 2, axis=-1)
+        out = dense(x.shape[-1], name="fc2", **dtypes)(hidden * activations[self.act_layer](gate))
+        return nn.Dropout(self.dropout, deterministic=not train)(out)

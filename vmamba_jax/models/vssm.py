@@ -1,0 +1,220 @@
+"""VSSM, the VMamba network: patch embedding, stages of VSS blocks, classifier."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from vmamba_jax.config import VMambaConfig
+from vmamba_jax.models.layers import (
+    ConvDownsample,
+    GatedMlp,
+    Mlp,
+    PatchEmbed,
+    PatchMerging,
+    dense,
+    dtypes_of,
+    linear_init,
+    norm,
+)
+from vmamba_jax.models.ss2d import SS2D
+from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Images, ResampledMap
+
+
+class VSSBlock(nn.Module):
+    """A residual SS2D branch and a residual MLP branch, each normalised.
+
+    Attributes:
+        config: the architecture.
+        stage: index of the stage, which sets channels and ranks.
+        drop_path: rate at which a sample skips a branch in training (stochastic depth).
+        scan_implementation: see `vmamba_jax.ops.selective_scan`.
+        dtype: compute dtype.
+        param_dtype: dtype of the parameters.
+    """
+
+    config: VMambaConfig
+    stage: int = 0
+    drop_path: float = 0.0
+    scan_implementation: str | Sequence[str] | None = None
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, train: bool = False) -> FeatureMap:
+        """Refines a map; the shape stays."""
+        config = self.config
+        dtypes = dtypes_of(self)
+
+        def residual(x: FeatureMap, branch: nn.Module, norm_name: str) -> FeatureMap:
+            normalise = norm(config.norm_layer, train=train, name=norm_name, **dtypes)
+            y = (
+                normalise(branch(x, train))  # pyright: ignore[reportCallIssue]
+                if config.post_norm
+                else branch(normalise(x), train)  # pyright: ignore[reportCallIssue]
+            )
+            # One draw a sample.
+            skip = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3), deterministic=not train)
+            return x + skip(y)
+
+        if config.ssm_ratio > 0:
+            ss2d = SS2D(
+                d_state=config.ssm_d_state,
+                ssm_ratio=config.ssm_ratio,
+                dt_rank=config.dt_rank(self.stage),
+                act_layer=config.ssm_act_layer,
+                d_conv=config.ssm_conv,
+                conv_bias=config.ssm_conv_bias,
+                dropout=config.ssm_drop_rate,
+                initialize=config.ssm_init,
+                forward_type=config.forward_type,
+                scan_implementation=self.scan_implementation,
+                name="op",
+                **dtypes,
+            )
+            x = residual(x, ss2d, "norm")
+        if config.mlp_ratio > 0:
+            kind = GatedMlp if config.gmlp else Mlp
+            hidden = int(config.stage_dims[self.stage] * config.mlp_ratio)
+            mlp = kind(hidden, config.mlp_act_layer, config.mlp_drop_rate, name="mlp", **dtypes)
+            x = residual(x, mlp, "norm2")
+        return x
+
+
+class VSSM(nn.Module):
+    """VMamba (Liu et al., "VMamba: Visual State Space Model", 2024).
+
+    Attributes:
+        config: the architecture.
+        scan_implementation: see `vmamba_jax.ops.selective_scan`.
+        dtype: compute dtype; the selective scan's state, the normalisations' statistics and the
+            classifier stay float32.
+        param_dtype: dtype of the parameters.
+    """
+
+    config: VMambaConfig
+    scan_implementation: str | Sequence[str] | None = None
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: Images, train: bool = False, out_indices: Sequence[int] | None = None
+    ) -> Float[Array, "B classes"] | list[Array]:
+        """Classifies images.
+
+        Args:
+            images: normalised float images, of any size that leaves a pixel in the last stage.
+            train: stochastic depth, dropout (rng ``"dropout"``) and, with BatchNorm, batch
+                statistics (collection ``"batch_stats"`` mutable).
+            out_indices: return these stages' maps instead; `features` is the way to ask for them.
+
+        Returns:
+            float32 logits, or pooled features if the config has no classes.
+
+        Raises:
+            ValueError: for integer images, a wrong rank, channel count or size, or an
+                out_indices out of range.
+        """
+        config = self.config
+        dtypes = dtypes_of(self)
+        _check_images(images, config)
+        stages = len(config.depths)
+        if out_indices is not None:
+            _check_indices(out_indices, stages)
+
+        x = PatchEmbed(
+            config.stage_dims[0],
+            config.patch_size,
+            config.patchembed_version,
+            config.patch_norm,
+            config.norm_layer,
+            name="patch_embed",
+            **dtypes,
+        )(images.astype(self.dtype), train)
+        if config.posembed:
+            side = config.imgsize // config.patch_size
+            shape = (1, side, side, x.shape[-1])
+            if x.shape[1:3] != shape[1:3]:
+                raise ValueError(
+                    f"the position embedding is {side}x{side} patches and this image is "
+                    f"{x.shape[1]}x{x.shape[2]}: create the model with this image's size"
+                )
+            pos_embed = self.param("pos_embed", linear_init, shape, self.param_dtype)
+            x = x + jnp.broadcast_to(pos_embed.astype(self.dtype), x.shape)
+
+        # Each block skips a little more often than the one before it.
+        drop_path = iter(np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist())
+        block_type = nn.remat(VSSBlock, static_argnums=(2,)) if config.use_checkpoint else VSSBlock
+        maps = []
+        for i, depth in enumerate(config.depths):
+            for j in range(depth):
+                block = block_type(
+                    config,
+                    i,
+                    next(drop_path),
+                    self.scan_implementation,
+                    name=f"layers_{i}_blocks_{j}",
+                    **dtypes,
+                )
+                x = block(x, train)
+            maps.append(x)
+            if out_indices is not None and i == max(out_indices, default=-1):
+                break
+            if i + 1 < stages:
+                x = self._downsample(x, i, train)
+        if out_indices is not None:
+            return [maps[i] for i in out_indices]
+
+        x = norm(config.norm_layer, train=train, name="classifier_norm", **dtypes)(x)
+        pooled = x.astype(jnp.float32).mean(axis=(1, 2))
+        if config.num_classes == 0:
+            return pooled
+        return dense(
+            config.num_classes, dtype=jnp.float32, param_dtype=self.param_dtype, name="head"
+        )(pooled)
+
+    def features(
+        self, images: Images, out_indices: Sequence[int] = (0, 1, 2, 3), train: bool = False
+    ) -> list[Array]:
+        """The stages' maps, channels-last, each after its blocks and before its downsampling.
+
+        Call as ``model.apply(variables, images, out_indices=(0, 3), method="features")``.
+        """
+        return self(images, train, out_indices)  # pyright: ignore[reportReturnType]
+
+    def _downsample(self, x: FeatureMap, stage: int, train: bool) -> ResampledMap:
+        config = self.config
+        features, name = config.stage_dims[stage + 1], f"layers_{stage}_downsample"
+        dtypes = dtypes_of(self)
+        match config.downsample_version:
+            case "v1":
+                return PatchMerging(features, config.norm_layer, name=name, **dtypes)(x, train)
+            case "v2":
+                return ConvDownsample(features, 2, config.norm_layer, name=name, **dtypes)(x, train)
+            case "v3":
+                return ConvDownsample(features, 3, config.norm_layer, name=name, **dtypes)(x, train)
+        return x
+
+
+def _check_images(images: Array, config: VMambaConfig) -> None:
+    if images.ndim != 4 or images.shape[-1] != config.in_chans:
+        raise ValueError(
+            f"images must be (B, H, W, {config.in_chans}), channels last, got {images.shape}"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images must be normalised floats, got {images.dtype}")
+    if min(config.feature_size(*images.shape[1:3])) < 1:
+        raise ValueError(
+            f"images of {images.shape[1]}x{images.shape[2]} are too small for {len(config.depths)} "
+            "stages: nothing is left in the last one"
+        )
+
+
+def _check_indices(out_indices: Sequence[int], stages: int) -> None:
+    wrong = [i for i in out_indices if not 0 <= i < stages]
+    if wrong or not out_indices:
+        raise ValueError(
+            f"out_indices must name stages between 0 and {stages - 1}, got {tuple(out_indices)}"
+        )
