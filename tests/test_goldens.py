@@ -42,6 +42,8 @@ def test_small_model_equals_pytorch(name, implementation):
     variables = from_torch(golden.state_dict, golden.config)
     model = VSSM(golden.config, scan_implementation=implementation)
 
+    probe_of_loss = cotangent(golden["logits"].shape, golden.seed)
+
     @jax.jit
     @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def loss(params, images):
@@ -51,12 +53,12 @@ def test_small_model_equals_pytorch(name, implementation):
             images,
             capture_intermediates=lambda module, _: module.name and "blocks" in module.name,
         )
-        return (logits * cotangent(logits.shape, golden.seed)).sum(), (logits, state)
+        return (logits * probe_of_loss).sum(), (logits, state)
 
     (value, (logits, state)), (grads, grad_images) = loss(variables["params"], golden.images)
 
     np.testing.assert_allclose(logits, golden["logits"], atol=2e-5, rtol=0)
-    np.testing.assert_allclose(value, golden["loss"], rtol=1e-4)
+    assert abs(value - golden["loss"]) < 2e-5 * np.abs(probe_of_loss).sum()
     for i, depth in enumerate(golden.config.depths):
         last = state["intermediates"][f"layers_{i}_blocks_{depth - 1}"]["__call__"][0]
         assert last.shape == tuple(golden[f"stage{i}_shape"])
@@ -75,8 +77,13 @@ def test_small_model_equals_pytorch(name, implementation):
         np.testing.assert_allclose(np.linalg.norm(named[key]), norm, rtol=1e-4, err_msg=key)
         actual = np.vdot(named[key].astype(np.float64), vector)
         assert abs(actual - dot) < 1e-4 * norm * np.linalg.norm(vector), key
-    expected = golden["grad_input"].transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(grad_images, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    if golden["grad_input"].ndim:
+        expected = golden["grad_input"].transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(
+            grad_images, expected, rtol=0, atol=1e-4 * np.abs(expected).max()
+        )
+    else:  # the larger file keeps only the norm
+        np.testing.assert_allclose(jnp.linalg.norm(grad_images), golden["grad_input"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -49,18 +49,24 @@ def selective_scan_2d(
     decay_rate = -jnp.exp(A_logs.astype(jnp.float32))
     weights = (x_proj, dt_proj, dt_bias, decay_rate, D)
 
-    def scan(layouts: Array, weights: tuple[Array, ...], forward: int) -> Array:
+    def scan(layouts: Array, weights: tuple[Array, ...], forward: int) -> tuple[Array, Array]:
         return _scan_both_ways(layouts, weights, forward, force_fp32, implementation)
 
     batch, height, width, channels = x.shape
     if order != "cascade2d":
-        y = scan(to_layouts(x, order), weights, routes_of(order).forward)
-        return from_layouts(y, height, width, order)
+        ahead, back = scan(to_layouts(x, order), weights, routes_of(order).forward)
+        return from_layouts(ahead + back, height, width, order)
+
+    def scan_lines(lines: Array, weights: tuple[Array, ...]) -> Array:
+        # The original adds the two passes as they leave the scan, the second one still in its
+        # own reading order; weights trained with it depend on that.
+        ahead, back = scan(lines[:, :, None], weights, 1)
+        return (ahead + back[:, ::-1])[:, :, 0]
+
     for_rows, for_columns = (tuple(w[k : k + 2] for w in weights) for k in (0, 2))
-    rows = _standardise(x).reshape(batch * height, width, 1, channels)
-    y = scan(rows, for_rows, 1).reshape(x.shape).astype(x.dtype)
-    columns = _standardise(y).swapaxes(1, 2).reshape(batch * width, height, 1, channels)
-    y = scan(columns, for_columns, 1)
+    y = scan_lines(_standardise(x).reshape(batch * height, width, channels), for_rows)
+    columns = _standardise(y.reshape(x.shape).astype(x.dtype)).swapaxes(1, 2)
+    y = scan_lines(columns.reshape(batch * width, height, channels), for_columns)
     return y.reshape(batch, width, height, channels).swapaxes(1, 2)
 
 
@@ -104,13 +110,13 @@ def _scan_both_ways(
     forward: int,
     force_fp32: bool,
     implementation: str | Sequence[str] | None,
-) -> Float[Array, "B L G C"]:
-    """Scans the first `forward` routes ahead and the others in reverse; adds them per layout."""
-    merged = jnp.zeros((), jnp.float32)
-    for part, reverse in ((slice(None, forward), False), (slice(forward, None), True)):
+) -> tuple[Float[Array, "B L G C"], Float[Array, "B L G C"]]:
+    """Scans the first `forward` routes ahead and the others in reverse; adds routes per layout."""
+
+    def scan(part: slice, reverse: bool) -> Array:
         x_proj, dt_proj, dt_bias, decay_rate, D = (w[part] for w in weights)
         if not x_proj.shape[0]:
-            continue
+            return jnp.zeros(layouts.shape, jnp.float32)
         u, dt, b, c = _project(layouts, x_proj, dt_proj.shape[-1])
         delta = jnp.einsum("blkr,kcr->blkc", dt, dt_proj)
         if force_fp32:
@@ -118,8 +124,9 @@ def _scan_both_ways(
         y = selective_scan(
             u, delta, decay_rate, b, c, D, dt_bias, reverse=reverse, implementation=implementation
         ).astype(jnp.float32)
-        merged = merged + (y if layouts.shape[2] > 1 else y.sum(axis=2, keepdims=True))
-    return merged
+        return y if layouts.shape[2] > 1 else y.sum(axis=2, keepdims=True)
+
+    return scan(slice(None, forward), False), scan(slice(forward, None), True)
 
 
 def _project(
