@@ -1,23 +1,14 @@
 """The selective scan as a parallel prefix (`lax.associative_scan`) in chunks, for GPU and TPU.
 
 Two steps h -> a1 h + b1 and h -> a2 h + b2 compose to h -> (a2 a1) h + (a2 b1 + b2), which is
-associative (Blelloch, "Prefix sums and their applications", 1990). A prefix over the whole
-sequence would hold a (B, L, K, C, N) array; over one chunk at a time it holds L / CHUNK of that,
-and the backward pass recomputes it.
+associative (Blelloch, "Prefix sums and their applications", 1990).
 """
 
 import jax
 import jax.numpy as jnp
 
-from vmamba_jax.ops._discretise import step_size
+from vmamba_jax.ops._chunked import Plan, chunked_scan
 from vmamba_jax.typing import Array, Float
-
-CHUNK = 64
-
-
-def _compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
-    (a1, b1), (a2, b2) = first, second
-    return a2 * a1, a2 * b1 + b2
 
 
 def selective_scan(
@@ -32,35 +23,20 @@ def selective_scan(
     reverse: bool,
 ) -> Float[Array, "B L K C"]:
     """See `vmamba_jax.ops.selective_scan`."""
-    x = u.astype(jnp.float32)
-    step = step_size(delta, delta_bias, delta_softplus)
-    A = A.astype(jnp.float32)[None, None]
-    batch, length, routes, channels = u.shape
-    chunk = min(CHUNK, length)
-    padding = -length % chunk
+    return chunked_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, PLAN)
 
-    def in_chunks(a: Array) -> Array:  # (B, L, ...) -> (L / chunk, B, chunk, ...)
-        # A step of size zero neither decays nor drives the state, so zeros pad either end.
-        before_after = (padding, 0) if reverse else (0, padding)
-        a = jnp.pad(a, [(0, 0), before_after] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(a.reshape(batch, -1, chunk, *a.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def advance(h: Array, now: tuple[Array, ...]) -> tuple[Array, Array]:
-        step, drive, B, C = now
-        decay = jnp.exp(step[..., None] * A)
-        drive = drive[..., None] * B[:, :, :, None]
-        product, states = jax.lax.associative_scan(
-            _compose, (decay, drive), axis=1, reverse=reverse
-        )
-        states = product * h[:, None] + states
-        return states[:, 0 if reverse else -1], jnp.einsum("blkcn,blkn->blkc", states, C)
+def _compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    (a1, b1), (a2, b2) = first, second
+    return a2 * a1, a2 * b1 + b2
 
-    inputs = (step, step * x, B.astype(jnp.float32), C.astype(jnp.float32))
-    start = jnp.zeros((batch, routes, channels, A.shape[-1]), jnp.float32)
-    _, y = jax.lax.scan(advance, start, tuple(map(in_chunks, inputs)), reverse=reverse)
-    y = jnp.moveaxis(y, 0, 1).reshape(batch, length + padding, routes, channels)
-    y = y[:, padding:] if reverse else y[:, :length]
-    if D is not None:
-        y = y + D.astype(jnp.float32)[None, None] * x
-    return y.astype(u.dtype)
+
+def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> tuple[Array, Array]:
+    product, after = jax.lax.associative_scan(_compose, (decay, drive), reverse=reverse)
+    after = product * start[None] + after
+    if reverse:
+        return jnp.concatenate([after[1:], start[None]]), after
+    return jnp.concatenate([start[None], after[:-1]]), after
+
+
+PLAN = Plan(_recurrence, jax.vmap, chunk=lambda _: 64)

@@ -1,0 +1,173 @@
+"""The selective scan chunk by chunk, with a gradient that recomputes inside each chunk.
+
+Every chunk is discretised at once, its states come from a linear recurrence, and the output is a
+contraction of the states. The gradient keeps the inputs and the state entering each chunk; it
+visits the chunks in the opposite order, recomputes a chunk's states from the one that entered it,
+and runs the adjoint recurrence, which is the same recurrence in the opposite direction. Nothing
+of size (B, L, K, C, N) exists but for one chunk (Mamba's kernel does the same: Gu and Dao,
+"Mamba", 2023, section 3.3.2).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vmamba_jax.typing import Array, Float
+
+
+class Plan(NamedTuple):
+    """How an implementation computes what all of them share (hashable, static)."""
+
+    recurrence: Callable[..., tuple[Array, Array]]
+    """(decay, drive (T, ...), start (...), reverse) -> the states before and after each step of
+    ``h -> decay h + drive``, each (T, ...)."""
+    over_batch: Callable[[Callable[..., Array]], Callable[..., Array]]
+    """Lifts a function of one batch element, as `jax.vmap` does."""
+    chunk: Callable[[int], int]
+    """Number of states of one batch element -> the most steps a chunk may have."""
+
+
+class _Weights(NamedTuple):
+    A: Float[Array, "K N C"]  # channels last: the longest axis is the contiguous one
+    D: Float[Array, "K C"] | None
+    bias: Float[Array, "K C"] | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def chunked_scan(
+    u: Float[Array, "B L K C"],
+    delta: Float[Array, "B L K C"],
+    A: Float[Array, "K C N"],
+    B: Float[Array, "B L K N"],
+    C: Float[Array, "B L K N"],
+    D: Float[Array, "K C"] | None,
+    delta_bias: Float[Array, "K C"] | None,
+    delta_softplus: bool,
+    reverse: bool,
+    plan: Plan,
+) -> Float[Array, "B L K C"]:
+    """See `vmamba_jax.ops.selective_scan`."""
+    return _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan)[0]
+
+
+def _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan):
+    weights = _wide(A, D, delta_bias)
+    split, join = _chunking(u.shape[1], weights.A.size, reverse, plan.chunk)
+
+    def advance(h: Array, now: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+        u, _, B, C = wide = tuple(a.astype(jnp.float32) for a in now)
+        _, _, decay, drive = _discretise(wide, weights, delta_softplus)
+        _, states = plan.recurrence(decay, drive, h, reverse)
+        y = (states * C[..., None]).sum(axis=2)
+        if weights.D is not None:
+            y = y + weights.D[None] * u
+        return states[0 if reverse else -1], (y.astype(now[0].dtype), h)
+
+    def scan(*inputs: Array) -> tuple[Array, Array]:
+        start = jnp.zeros_like(weights.A)
+        _, (y, entering) = jax.lax.scan(advance, start, split(inputs), reverse=reverse)
+        return join(y), entering
+
+    y, entering = plan.over_batch(scan)(u, delta, B, C)
+    return y, (u, delta, A, B, C, D, delta_bias, entering)
+
+
+def _backward(delta_softplus, reverse, plan, residuals, dy):
+    u, delta, A, B, C, D, delta_bias, entering = residuals
+    weights = _wide(A, D, delta_bias)
+    split, join = _chunking(u.shape[1], weights.A.size, reverse, plan.chunk)
+
+    def retreat(carry: tuple[Array, _Weights], now: tuple[Array, ...]):
+        """`after` is the gradient of the state at the chunk's end, by way of later chunks."""
+        after, total = carry
+        *inputs, dy, entering = now
+        wide = tuple(a.astype(jnp.float32) for a in inputs)
+        u, _, B, C = wide
+        dy = dy.astype(jnp.float32)
+        step, slope, decay, drive = _discretise(wide, weights, delta_softplus)
+        before, _ = plan.recurrence(decay, drive, entering, reverse)
+        states = decay * before + drive
+        # dh[l] = C[l] dy[l] + decay[l + 1] dh[l + 1], written for decay * dh.
+        direct = dy[:, :, None] * C[..., None]
+        later, through = plan.recurrence(decay, decay * direct, after, not reverse)
+        dstate = direct + later
+        dC = (dy[:, :, None] * states).sum(axis=-1)
+        dB = (dstate * (step * u)[:, :, None]).sum(axis=-1)
+        ddrive = (dstate * B[..., None]).sum(axis=2)  # by s * u
+        ddecay = through * before  # by the exponent, s * A
+        ddelta = slope * (ddrive * u + (ddecay * weights.A[None]).sum(axis=2))
+        du = ddrive * step
+        gradients = _Weights(
+            A=(ddecay * step[:, :, None]).sum(axis=0),
+            D=None if weights.D is None else (dy * u).sum(axis=0),
+            bias=None if weights.bias is None else ddelta.sum(axis=0),
+        )
+        if weights.D is not None:
+            du = du + weights.D[None] * dy
+        per_step = tuple(
+            d.astype(a.dtype) for d, a in zip((du, ddelta, dB, dC), inputs, strict=True)
+        )
+        total = jax.tree.map(jnp.add, total, gradients)
+        return (through[-1 if reverse else 0], total), per_step
+
+    def scan(*inputs: Array):
+        *per_step, entering = inputs
+        start = (jnp.zeros_like(weights.A), jax.tree.map(jnp.zeros_like, weights))
+        chunks = (*split(per_step), entering)
+        (_, total), gradients = jax.lax.scan(retreat, start, chunks, reverse=not reverse)
+        return tuple(map(join, gradients)), total
+
+    per_step, total = plan.over_batch(scan)(u, delta, B, C, dy, entering)
+    du, ddelta, dB, dC = per_step
+    dA, dD, dbias = jax.tree.map(lambda a: a.sum(axis=0), total)
+    dA = dA.swapaxes(1, 2).astype(A.dtype)
+    dD = None if D is None else dD.astype(D.dtype)
+    dbias = None if delta_bias is None else dbias.astype(delta_bias.dtype)
+    return du, ddelta, dA, dB, dC, dD, dbias
+
+
+chunked_scan.defvjp(_forward, _backward)
+
+
+def _wide(A: Array, D: Array | None, bias: Array | None) -> _Weights:
+    D, bias = (None if a is None else a.astype(jnp.float32) for a in (D, bias))
+    return _Weights(A.astype(jnp.float32).swapaxes(1, 2), D, bias)
+
+
+def _discretise(
+    inputs: tuple[Array, ...], weights: _Weights, delta_softplus: bool
+) -> tuple[Array, Array, Array, Array]:
+    """The step sizes, their slope by delta (both (T, K, C)), the decay and the drive."""
+    u, step, B, _ = inputs
+    if weights.bias is not None:
+        step = step + weights.bias[None]
+    slope = jnp.ones_like(step)
+    if delta_softplus:
+        step, slope = jax.nn.softplus(step), jax.nn.sigmoid(step)
+    decay = jnp.exp(step[:, :, None] * weights.A[None])
+    return step, slope, decay, (step * u)[:, :, None] * B[..., None]
+
+
+def _chunking(length: int, width: int, reverse: bool, longest: Callable[[int], int]):
+    """Functions that cut (L, ...) arrays of one batch element into (chunks, T, ...), and undo it."""
+    limit = max(1, min(length, longest(width)))
+    divisors = (t for t in range(limit, limit // 2, -1) if length % t == 0)
+    chunk = next(divisors, -(-length // -(-length // limit)))
+    padding = -length % chunk
+    # Steps of size zero follow the sequence: they neither decay nor drive the state. Softplus
+    # would make them positive, but after the end that changes no output.
+    before_after = (padding, 0) if reverse else (0, padding)
+
+    def split(arrays):
+        if padding:
+            arrays = [jnp.pad(a, [before_after] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
+        return tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in arrays)
+
+    def join(a: Array) -> Array:
+        a = a.reshape(-1, *a.shape[2:])
+        return a[padding:] if reverse else a[:length]
+
+    return split, join
