@@ -58,7 +58,8 @@ def _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan):
     split, join = _chunking(u.shape[1], weights.A.size, reverse, plan.chunk)
 
     def advance(h: Array, now: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        u, _, B, C = wide = tuple(a.astype(jnp.float32) for a in now)
+        wide = tuple(a.astype(jnp.float32) for a in now)
+        u, _, _, C = wide
         _, _, decay, drive = _discretise(wide, weights, delta_softplus)
         _, states = plan.recurrence(decay, drive, h, reverse)
         y = (states * C[..., None]).sum(axis=2)
@@ -152,7 +153,7 @@ def _discretise(
 
 
 def _chunking(length: int, width: int, reverse: bool, longest: Callable[[int], int]):
-    """Functions that cut (L, ...) arrays of one batch element into (chunks, T, ...), and undo it."""
+    """Functions that cut one batch element, (L, ...), into chunks (Z, T, ...), and undo it."""
     limit = max(1, min(length, longest(width)))
     divisors = (t for t in range(limit, limit // 2, -1) if length % t == 0)
     chunk = next(divisors, -(-length // -(-length // limit)))

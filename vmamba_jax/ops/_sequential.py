@@ -1,7 +1,6 @@
 """The selective scan one step after another (`lax.scan`): best on a CPU."""
 
 import jax
-import jax.numpy as jnp
 
 from vmamba_jax.ops._chunked import Plan, chunked_scan
 from vmamba_jax.typing import Array, Float
