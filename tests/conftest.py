@@ -4,7 +4,10 @@ import os
 
 # Before jax is imported: mesh tests need several devices, and eight fit any mesh shape.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # Tests compile far longer than they run; unoptimised machine code halves that.
+    + " --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -102,24 +102,41 @@ def depthwise_conv(
     )
 
 
-def norm(kind: str, *, train: bool, dtype: Dtype, param_dtype: Dtype, name: str) -> nn.Module:
-    """The normalisation a config names: ``"ln"``, ``"ln2d"`` (the same, channels-last) or ``"bn"``.
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels in float32, returned in the dtype of the input."""
 
-    Statistics are float32. BatchNorm's running variance is the biased one (PyTorch's is unbiased).
-    """
-    if kind == "bn":
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=EPSILON,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            name=name,
-        )
+    epsilon: float = EPSILON
     # Two passes over the variance: the fast one cancels when the mean is large.
-    return nn.LayerNorm(
-        epsilon=EPSILON, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name=name
-    )
+    use_fast_variance: bool = False
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMap) -> FeatureMap:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Normalises each position by itself; the shape stays."""
+        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+
+
+class BatchNorm(nn.BatchNorm):
+    """BatchNorm in float32, returned in the dtype of the input.
+
+    Its running variance is the biased one; PyTorch's is unbiased.
+    """
+
+    epsilon: float = EPSILON
+    momentum: float = 0.9  # PyTorch's 0.1, counted from the other end
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMap) -> FeatureMap:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Normalises each channel; the shape stays."""
+        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def norm(kind: str, train: bool, param_dtype: Dtype, name: str) -> LayerNorm | BatchNorm:
+    """The normalisation of a config: ``"ln"``, ``"ln2d"`` (the same, channels-last) or ``"bn"``."""
+    if kind == "bn":
+        return BatchNorm(use_running_average=not train, param_dtype=param_dtype, name=name)
+    return LayerNorm(param_dtype=param_dtype, name=name)
 
 
 class PatchEmbed(nn.Module):
@@ -150,9 +167,9 @@ class PatchEmbed(nn.Module):
         dtypes = dtypes_of(self)
 
         def normalise(x: FeatureMap, name: str) -> FeatureMap:
-            return (
-                norm(self.norm_layer, train=train, name=name, **dtypes)(x) if self.patch_norm else x
-            )
+            if not self.patch_norm:
+                return x
+            return norm(self.norm_layer, train, self.param_dtype, name)(x)
 
         channels = images.shape[-1]
         if self.version == "v1":
@@ -196,7 +213,7 @@ class PatchMerging(nn.Module):
         x = x.reshape(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, channels)
         # The column offset varies slowest in PyTorch's concatenation.
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(*x.shape[:2], x.shape[3], 4 * channels)
-        x = norm(self.norm_layer, train=train, name="norm", **dtypes)(x)
+        x = norm(self.norm_layer, train, self.param_dtype, "norm")(x)
         return dense(self.features, use_bias=False, name="reduction", **dtypes)(x)
 
 
@@ -230,7 +247,7 @@ class ConvDownsample(nn.Module):
             name="conv",
             **dtypes,
         )(x)
-        return norm(self.norm_layer, train=train, name="norm", **dtypes)(x)
+        return norm(self.norm_layer, train, self.param_dtype, "norm")(x)
 
 
 class Mlp(nn.Module):

@@ -10,7 +10,7 @@ import numpy as np
 
 from vmamba_jax.config import parse_forward_type
 from vmamba_jax.models.layers import (
-    EPSILON,
+    LayerNorm,
     activations,
     dense,
     depthwise_conv,
@@ -172,7 +172,7 @@ class SS2D(nn.Module):
             return jax.nn.softmax(y, axis=(1, 2))  # over the positions, channel by channel
         if kind == "dwconv3":
             return depthwise_conv(y.shape[-1], 3, use_bias=False, name="out_norm_conv", **dtypes)(y)
-        y = nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, name="out_norm", **dtypes)(y)
+        y = LayerNorm(param_dtype=self.param_dtype, name="out_norm")(y)
         if kind == "cnorm":
             y = depthwise_conv(y.shape[-1], 3, use_bias=False, name="out_norm_conv", **dtypes)(y)
         return y

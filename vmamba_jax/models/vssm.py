@@ -19,7 +19,7 @@ from vmamba_jax.models.layers import (
     norm,
 )
 from vmamba_jax.models.ss2d import SS2D
-from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Images, ResampledMap
+from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, ResampledMap
 
 
 class VSSBlock(nn.Module):
@@ -48,7 +48,7 @@ class VSSBlock(nn.Module):
         dtypes = dtypes_of(self)
 
         def residual(x: FeatureMap, branch: nn.Module, norm_name: str) -> FeatureMap:
-            normalise = norm(config.norm_layer, train=train, name=norm_name, **dtypes)
+            normalise = norm(config.norm_layer, train, self.param_dtype, norm_name)
             y = (
                 normalise(branch(x, train))  # pyright: ignore[reportCallIssue]
                 if config.post_norm
@@ -100,12 +100,16 @@ class VSSM(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Images, train: bool = False, out_indices: Sequence[int] | None = None
+        self,
+        images: Num[Array, "..."],
+        train: bool = False,
+        out_indices: Sequence[int] | None = None,
     ) -> Float[Array, "B classes"] | list[Array]:
         """Classifies images.
 
         Args:
-            images: normalised float images, of any size that leaves a pixel in the last stage.
+            images: normalised float images (B, H, W, in_chans), of any size that leaves a pixel
+                in the last stage.
             train: stochastic depth, dropout (rng ``"dropout"``) and, with BatchNorm, batch
                 statistics (collection ``"batch_stats"`` mutable).
             out_indices: return these stages' maps instead; `features` is the way to ask for them.
@@ -167,7 +171,7 @@ class VSSM(nn.Module):
         if out_indices is not None:
             return [maps[i] for i in out_indices]
 
-        x = norm(config.norm_layer, train=train, name="classifier_norm", **dtypes)(x)
+        x = norm(config.norm_layer, train, self.param_dtype, "classifier_norm")(x)
         pooled = x.astype(jnp.float32).mean(axis=(1, 2))
         if config.num_classes == 0:
             return pooled
@@ -176,7 +180,10 @@ class VSSM(nn.Module):
         )(pooled)
 
     def features(
-        self, images: Images, out_indices: Sequence[int] = (0, 1, 2, 3), train: bool = False
+        self,
+        images: Num[Array, "..."],
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        train: bool = False,
     ) -> list[Array]:
         """The stages' maps, channels-last, each after its blocks and before its downsampling.
 
