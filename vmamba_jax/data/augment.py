@@ -7,7 +7,7 @@ from the generator it is given, so a sample depends on nothing but the generator
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +25,9 @@ Pixels = Float32[np.ndarray, "H W 3"]
 class Transform(Protocol):
     """Makes an image ready for the batch; evaluation transforms leave the generator alone."""
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels: ...
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
+        """RGB image to float32 ``(H, W, 3)``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class TrainTransform:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
-    rand_augment: RandAugment | None = RandAugment()
+    rand_augment: RandAugment | None = field(default_factory=RandAugment)
     erasing: float = 0.25
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD

@@ -34,7 +34,7 @@ class Digits:
             raise DataError(
                 "The digits come with scikit-learn: pip install 'vmamba-jax[demo]'."
             ) from error
-        scans, labels = load_digits(return_X_y=True)
+        scans, labels = (np.asarray(array) for array in load_digits(return_X_y=True))
         chosen = _held_out(labels)
         if split == "train":
             chosen = np.setdiff1d(np.arange(len(labels)), chosen)

@@ -13,7 +13,7 @@ processes stay full and in step.
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -24,7 +24,7 @@ from vmamba_jax.data.augment import Transform
 from vmamba_jax.data.decode import DamagedRecordError, DataError, ImageSource
 
 Batch = dict[str, np.ndarray]
-"""``image`` float32 ``(B, H, W, 3)``, ``label`` int32 ``(B,)``; in evaluation ``mask`` bool ``(B,)``."""
+"""``image`` float32 ``(B, H, W, 3)``, ``label`` int32 ``(B,)``; in evaluation bool ``mask``."""
 
 _logger = logging.getLogger(__name__)
 _HOPELESS = 100  # unreadable records in a row after which the disk is to blame, not the records
