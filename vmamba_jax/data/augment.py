@@ -8,7 +8,7 @@ from the generator it is given, so a sample depends on nothing but the generator
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -22,6 +22,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Pixels = Float32[np.ndarray, "H W 3"]
 
 
+@runtime_checkable
 class Transform(Protocol):
     """Makes an image ready for the batch; evaluation transforms leave the generator alone."""
 

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Protocol, TypedDict, runtime_checkable
 
 from PIL import Image
 
@@ -18,6 +18,7 @@ class Sample(TypedDict):
     label: int
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """A random-access collection of labelled images; must survive pickling to worker processes.
 

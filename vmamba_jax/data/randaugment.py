@@ -39,7 +39,8 @@ class RandAugment:
             if rng.random() >= self.probability:
                 continue
             name = _NAMES[index]
-            magnitude = float(np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, 10))
+            magnitude = rng.normal(self.magnitude, self.magnitude_std)
+            magnitude = min(max(0.0, magnitude), MAX_MAGNITUDE)
             sign = -1.0 if rng.random() < 0.5 else 1.0
             image = apply_operation(name, image, operation_argument(name, magnitude, sign))
         return image
@@ -57,7 +58,7 @@ def operation_argument(name: str, magnitude: float, sign: float = 1.0) -> float:
       Degrees, bits, a threshold, a factor, a slope or a share of the size; 0.0 for the operations
       that take no argument.
     """
-    return OPERATIONS[name].argument(magnitude / MAX_MAGNITUDE, sign)
+    return float(OPERATIONS[name].argument(magnitude / MAX_MAGNITUDE, sign))
 
 
 def apply_operation(name: str, image: Image.Image, argument: float) -> Image.Image:

@@ -4,15 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 
+from vmamba_jax.data.array_record import ArrayRecord
 from vmamba_jax.data.decode import DamagedRecordError, DataError, ImageSource, Sample
 from vmamba_jax.data.digits import Digits
+from vmamba_jax.data.huggingface import HuggingFace
 from vmamba_jax.data.image_folder import ImageFolder
 
 __all__ = [
     "SOURCES",
+    "ArrayRecord",
     "DamagedRecordError",
     "DataError",
     "Digits",
+    "HuggingFace",
     "ImageFolder",
     "ImageSource",
     "Sample",
@@ -23,6 +27,8 @@ __all__ = [
 SOURCES: MappingProxyType[str, Callable[[str | Path, str], ImageSource]] = MappingProxyType(
     {
         "image_folder": ImageFolder,
+        "array_record": ArrayRecord,
+        "huggingface": HuggingFace,
         "digits": lambda _, split: Digits(split),
     }
 )
