@@ -245,7 +245,7 @@ def test_an_unknown_kind_or_split_names_the_choices(tmp_path: Path):
     with pytest.raises(DataError, match=r"no split 'train'; it has validation"):
         open_source("array_record", tmp_path / "data", "train")
     rows([(encoded(photo(0)), 0)]).to_parquet(tmp_path / "validation.parquet")
-    with pytest.raises(DataError, match="'train'.*validation"):
+    with pytest.raises(DataError, match=r"'train'.*validation"):
         open_source("huggingface", tmp_path, "train")
 
 

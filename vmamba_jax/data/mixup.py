@@ -55,25 +55,21 @@ def mix(
     targets = _smooth_one_hot(labels, num_classes, label_smoothing)
     if not (mixup_alpha or cutmix_alpha):
         return images, targets
-    switch_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 4)
+    switch_key, weight_key, box_key = jax.random.split(key, 3)
 
-    keep = jnp.ones((groups, height, width), images.dtype)  # weight of an image's own pixels
-    own = jnp.ones((groups,), jnp.float32)  # weight of an image's own label
-    if mixup_alpha:
-        own = jax.random.beta(mixup_key, mixup_alpha, mixup_alpha, (groups,), jnp.float32)
-        keep = jnp.broadcast_to(own[:, None, None], keep.shape).astype(images.dtype)
+    probability = switch_probability if mixup_alpha and cutmix_alpha else float(not mixup_alpha)
+    switch = jax.random.uniform(switch_key, (groups,)) < probability
+    alpha = jnp.where(switch, jnp.float32(cutmix_alpha), jnp.float32(mixup_alpha))
+    own = jax.random.beta(weight_key, alpha, alpha)  # weight of an image's own pixels and label
+    keep = jnp.broadcast_to(own[:, None, None], (groups, height, width))
     if cutmix_alpha:
-        area = 1 - jax.random.beta(cutmix_key, cutmix_alpha, cutmix_alpha, (groups,), jnp.float32)
-        pasted = _random_boxes(box_key, area, height, width)
-        switch = jax.random.uniform(switch_key, (groups,)) < switch_probability
-        if not mixup_alpha:
-            switch = jnp.ones((groups,), bool)
-        keep = jnp.where(switch[:, None, None], (~pasted).astype(images.dtype), keep)
+        pasted = _random_boxes(box_key, 1 - own, height, width)
+        keep = jnp.where(switch[:, None, None], (~pasted).astype(jnp.float32), keep)
         # The box may have been cut off by the border: the labels follow what was really pasted.
         own = jnp.where(switch, 1 - jnp.mean(pasted, axis=(1, 2), dtype=jnp.float32), own)
 
     grouped = images.reshape(groups, batch // groups, *images.shape[1:])
-    keep = keep[:, None, :, :, None]
+    keep = keep[:, None, :, :, None].astype(images.dtype)
     mixed = grouped * keep + grouped[:, ::-1] * (1 - keep)
     targets = targets.reshape(groups, batch // groups, num_classes)
     own = own[:, None, None]
