@@ -68,7 +68,7 @@ def write_photographs(root: Path) -> float:
         folder.mkdir(parents=True)
         photo = Image.fromarray(pixels)  # 640x427
         for index in range(FILES // 2):
-            left, top = rng.integers(0, 80), rng.integers(0, 30)
+            left, top = int(rng.integers(80)), int(rng.integers(30))
             box = (left, top, left + 528, top + 396)
             crop = photo.resize((500, 375), Image.Resampling.LANCZOS, box=box)
             crop.save(folder / f"{index}.jpg", quality=92)

@@ -205,7 +205,7 @@ def test_evaluation_resizes_to_256_and_crops_the_centre(width: int, height: int)
 def test_the_digits_move_a_little_and_stay_whole():
     digit = Image.new("RGB", (32, 32))
     digit.paste((255, 255, 255), (12, 8, 20, 24))
-    transform, generator = DigitsTransform(mean=(0.0,) * 3, std=(1.0,) * 3), rng()
+    transform, generator = DigitsTransform(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), rng()
     mass = np.asarray(digit).sum() / 255
     centers = []
     for _ in range(300):

@@ -146,13 +146,13 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         self._dataset = dataset
         self._worker_count = worker_count
         self._next_batch = 0
+        self._ended = False
         self._batches: grain.DatasetIterator | None = None
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __next__(self) -> Batch:
-        self._assert_not_closed()
         self.start_prefetch()
         assert self._batches is not None
         batch = next(self._batches)
@@ -164,7 +164,13 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         return batch
 
     def start_prefetch(self) -> None:
-        """Begins to prepare batches in the background."""
+        """Begins to prepare batches in the background.
+
+        Raises:
+          ValueError: the iterator is closed.
+        """
+        if self._ended:
+            raise ValueError("This iterator over batches is closed.")
         if self._batches is None:
             self._batches = iter(_prefetch(self._dataset[self._next_batch :], self._worker_count))
             self._batches.start_prefetch()
@@ -181,6 +187,7 @@ class BatchIterator(grain.DatasetIterator[Batch]):
     def close(self) -> None:
         """Ends workers and threads; idempotent."""
         self._stop()
+        self._ended = True
         super().close()
 
     def _stop(self) -> None:
