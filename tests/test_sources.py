@@ -3,8 +3,10 @@
 import io
 import json
 import pickle
+import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -54,7 +56,6 @@ def write_array_record(root: Path, split: str, records: list[tuple[bytes, int]])
 
 
 def rows(records: list[tuple[bytes, int]]):
-    datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))}
     )
@@ -67,7 +68,6 @@ def rows(records: list[tuple[bytes, int]]):
 
 @pytest.fixture(autouse=True)
 def _no_cache_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
 
@@ -86,8 +86,6 @@ def open_kind(kind: str, root: Path, records: list[tuple[bytes, int]]):
     if kind == "parquet":
         rows(records).to_parquet(root / "train-00000-of-00001.parquet")
         return open_source("huggingface", root, "train")
-    import datasets  # noqa: PLC0415
-
     datasets.DatasetDict({"train": rows(records)}).save_to_disk(root / "disk")
     return open_source("huggingface", root / "disk", "train")
 
@@ -165,6 +163,12 @@ def test_an_image_that_claims_to_be_enormous_is_refused():
     header = b"P6 60000 60000 255\n"
     with pytest.raises(DamagedRecordError, match="DecompressionBomb"):
         decode_image(header, "bomb.ppm")
+
+
+def test_pixels_of_more_than_8_bits_are_refused_rather_than_clipped():
+    deep = Image.fromarray(np.full((4, 4), 40000, np.uint16))
+    with pytest.raises(DamagedRecordError, match="convert it to 8 bits"):
+        decode_image(encoded(deep), "deep.png")
 
 
 def test_only_image_decoders_are_reached():
@@ -278,7 +282,6 @@ def test_tfrecord_files_and_damaged_files_are_told_apart(tmp_path: Path):
 
 
 def test_parquet_without_class_names_numbers_the_classes(tmp_path: Path):
-    datasets = pytest.importorskip("datasets")
     data = rows([(encoded(photo(i)), i % 3) for i in range(6)])
     data.cast_column("label", datasets.Value("int64")).to_parquet(tmp_path / "train.parquet")
     assert list(open_source("huggingface", tmp_path, "train").class_names) == ["0", "1", "2"]
@@ -299,6 +302,18 @@ def test_splits_with_different_classes_do_not_go_together(tmp_path: Path):
     with pytest.raises(DataError, match=r"only in training: eel; only in validation: emu, fox"):
         check_same_classes(train, val)
     check_same_classes(train, train)
+
+
+@pytest.mark.parametrize(
+    ("package", "kind", "extra"),
+    [("datasets", "huggingface", "datasets"), ("sklearn.datasets", "digits", "demo")],
+)
+def test_a_missing_optional_package_is_named_with_its_command(
+    package: str, kind: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DataError, match=rf"pip install 'vmamba-jax\[{extra}\]'"):
+        open_source(kind, tmp_path, "train")
 
 
 def test_the_digits_are_split_once_and_for_all():

@@ -69,12 +69,15 @@ def decode_image(data: bytes | Path, path: str) -> Image.Image:
       An RGB image, its pixels in memory.
 
     Raises:
-      DamagedRecordError: the file is missing, is cut, is no image, or claims to be so large that
-        decoding it would exhaust memory.
+      DamagedRecordError: the file is missing, is cut, is no image, has one channel of more than 8
+        bits, or claims to be so large that decoding it would exhaust memory.
     """
     try:
         stream = io.BytesIO(data) if isinstance(data, bytes) else data
         with Image.open(stream, formats=_FORMATS) as image:
+            if image.mode in ("F", "I") or image.mode.startswith("I;"):
+                # Pillow would clip them, and nearly every pixel would turn white.
+                raise ValueError(f"{image.mode} pixels: convert it to 8 bits a channel")
             if image.mode == "P" and "transparency" in image.info:
                 return image.convert("RGBA").convert("RGB")  # Pillow warns about the direct way
             return image.convert("RGB")

@@ -31,7 +31,7 @@ class ImageFolder:
         paths, labels = [], []
         for label, name in enumerate(self.class_names):
             found = _image_files(self._folder / name)
-            paths += [os.fsencode(os.path.join(name, path)) for path in found]  # noqa: PTH118
+            paths += [os.fsencode(path) for path in found]
             labels += [label] * len(found)
         # Arrays, not lists: a tenth of the memory, and pickled to worker processes at once.
         self._paths = np.array(paths)
@@ -69,13 +69,14 @@ def _class_folders(root: Path, split: str) -> list[str]:
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Sorted paths of the images below a class folder, relative to it."""
+    """Sorted paths of the images below a class folder, relative to the split's folder."""
     images, others = [], Counter[str]()
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(parent).relative_to(folder.parent).as_posix()
         for name in files:
             if _is_image(name):
-                images.append(os.path.relpath(os.path.join(parent, name), folder))  # noqa: PTH118
+                images.append(f"{inside}/{name}")
             elif not name.startswith("."):
                 others[Path(name).suffix or "no extension"] += 1
     if not images:
