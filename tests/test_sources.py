@@ -68,7 +68,7 @@ def rows(records: list[tuple[bytes, int]]):
 
 @pytest.fixture(autouse=True)
 def _no_cache_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
 
 
