@@ -1,1 +1,23 @@
-"""Images in: sources, augmentation, pipelines."""
+"""Images to batches: sources, augmentation on the host, mixing on the device, the pipeline."""
+
+from vmamba_jax.data.augment import DigitsTransform, EvalTransform, TrainTransform
+from vmamba_jax.data.mixup import mix
+from vmamba_jax.data.pipeline import BatchIterator, batches_per_epoch, eval_batches, train_iterator
+from vmamba_jax.data.randaugment import RandAugment
+from vmamba_jax.data.sources import DataError, ImageSource, check_same_classes, open_source
+
+__all__ = [
+    "BatchIterator",
+    "DataError",
+    "DigitsTransform",
+    "EvalTransform",
+    "ImageSource",
+    "RandAugment",
+    "TrainTransform",
+    "batches_per_epoch",
+    "check_same_classes",
+    "eval_batches",
+    "mix",
+    "open_source",
+    "train_iterator",
+]

@@ -1,0 +1,236 @@
+"""What happens to one image between its file and the batch, in training and in evaluation.
+
+The released recipe: random resized crop, flip, RandAugment (:mod:`vmamba_jax.data.randaugment`),
+normalisation, random erasing; in evaluation a resize to 256/224 of the size and a centre crop.
+A transform turns an RGB image into float32 ``(H, W, 3)``, already normalised. All randomness comes
+from the generator it is given, so a sample depends on nothing but the generator's seed.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image
+
+from vmamba_jax.data.randaugment import RandAugment
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Pixels = Float32[np.ndarray, "H W 3"]
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Makes an image ready for the batch; evaluation transforms leave the generator alone."""
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
+        """RGB image to float32 ``(H, W, 3)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """The released training recipe for one image.
+
+    Attributes:
+      size: height and width of the result, in pixels.
+      scale: least and greatest share of the image's area that the crop covers.
+      ratio: least and greatest aspect ratio of the crop, width to height.
+      flip: probability of a left-right flip.
+      rand_augment: the RandAugment policy; None for none.
+      erasing: probability of random erasing.
+      mean: subtracted from each channel, which runs from 0 to 1.
+      std: what each channel is then divided by.
+    """
+
+    size: int = 224
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    rand_augment: RandAugment | None = field(default_factory=RandAugment)
+    erasing: float = 0.25
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
+        """Crops, flips, augments, normalises and erases."""
+        image = random_resized_crop(image, self.size, self.scale, self.ratio, rng)
+        if rng.random() < self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.rand_augment is not None:
+            image = self.rand_augment(image, rng)
+        return random_erasing(normalize(image, self.mean, self.std), self.erasing, rng)
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """The released evaluation protocol for one image.
+
+    Attributes:
+      size: height and width of the result, in pixels.
+      crop: the share of the resized image's shorter side that is kept; 224/256 in the recipe.
+      mean: subtracted from each channel, which runs from 0 to 1.
+      std: what each channel is then divided by.
+    """
+
+    size: int = 224
+    crop: float = 224 / 256
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Pixels:
+        """Resizes the shorter side to ``size / crop``, crops the centre and normalises."""
+        image = resize_shorter_side(image, int(self.size / self.crop))
+        return normalize(center_crop(image, self.size), self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class DigitsTransform:
+    """Training transform for the digits: small shifts, turns and changes of scale, no flip.
+
+    Attributes:
+      shift: greatest shift along each axis, as a share of the size.
+      degrees: greatest rotation either way.
+      scale: greatest relative change of size either way.
+      mean: subtracted from each channel, which runs from 0 to 1.
+      std: what each channel is then divided by.
+    """
+
+    shift: float = 0.06
+    degrees: float = 10.0
+    scale: float = 0.1
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
+        """Moves, turns and scales the image about its centre; black where nothing is left."""
+        width, height = image.size
+        dx, dy, turn, grow = rng.uniform(-1, 1, 4)
+        angle, scale = math.radians(turn * self.degrees), 1 + grow * self.scale
+        cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
+        cx, cy = width / 2, height / 2
+        x, y = cx + dx * self.shift * width, cy + dy * self.shift * height
+        # Pillow wants the map from a pixel of the result to its place in the original.
+        matrix = (cos, sin, cx - cos * x - sin * y, -sin, cos, cy + sin * x - cos * y)
+        image = image.transform(
+            image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR
+        )
+        return normalize(image, self.mean, self.std)
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> Image.Image:
+    """Cuts out a random rectangle and resizes it, bicubic, to ``size`` x ``size``.
+
+    The area is uniform in ``scale`` and the aspect ratio log-uniform in ``ratio``; when ten draws
+    do not fit, the largest centred rectangle of an allowed ratio is taken.
+
+    Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, section 6.
+    """
+    left, top, width, height = _random_box(*image.size, scale, ratio, rng)
+    # The box is cut out before the resize: the filter must not see pixels outside of it.
+    image = image.crop((left, top, left + width, top + height))
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _random_box(
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    rng: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the crop."""
+    for _ in range(10):
+        area = rng.uniform(*scale) * width * height
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(rng.integers(0, height - h, endpoint=True))
+            left = int(rng.integers(0, width - w, endpoint=True))
+            return left, top, w, h
+    # A very long or tiny image: the largest centred box of an allowed aspect ratio.
+    w = max(1, min(width, round(height * ratio[1])))
+    h = max(1, min(height, round(width / ratio[0])))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_erasing(
+    pixels: Pixels,
+    probability: float,
+    rng: np.random.Generator,
+    *,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
+) -> Pixels:
+    """With a probability, overwrites one random rectangle by standard normal noise, per pixel.
+
+    Done after normalisation, so the noise has the statistics of the data. The rectangle's share
+    of the image is uniform in ``area``, its height to width log-uniform in ``ratio``; when ten
+    draws do not fit, nothing is erased.
+
+    Args:
+      pixels: ``(H, W, 3)`` float32, normalised; changed in place.
+      probability: of erasing at all.
+      rng: where the randomness comes from.
+      area: least and greatest share of the image that is erased.
+      ratio: least and greatest aspect ratio of the rectangle.
+
+    Returns:
+      ``pixels``.
+
+    Source: Zhong et al., "Random Erasing Data Augmentation", AAAI 2020.
+    """
+    if rng.random() >= probability:
+        return pixels
+    height, width, _ = pixels.shape
+    for _ in range(10):
+        target = rng.uniform(*area) * height * width
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        h, w = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if h < height and w < width:
+            top = int(rng.integers(0, height - h, endpoint=True))
+            left = int(rng.integers(0, width - w, endpoint=True))
+            patch = pixels[top : top + h, left : left + w]
+            patch[:] = rng.standard_normal(patch.shape, np.float32)
+            break
+    return pixels
+
+
+def resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
+    """Resizes, bicubic, so that the shorter side becomes ``size`` and the shape is kept."""
+    width, height = image.size
+    if width <= height:
+        target = (size, max(1, int(size * height / width)))
+    else:
+        target = (max(1, int(size * width / height)), size)
+    return image if target == image.size else image.resize(target, Image.Resampling.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Cuts out the central ``size`` x ``size`` square of an image at least that large."""
+    width, height = image.size
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def normalize(
+    image: Image.Image, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Pixels:
+    """RGB bytes to ``(H, W, 3)`` float32, ``(pixel / 255 - mean) / std``."""
+    scale = 1 / (255 * np.array(std, np.float32))
+    shift = np.array(mean, np.float32) / np.array(std, np.float32)
+    # Whole rows at a time: three channels are too short an inner loop for NumPy, ten times slower.
+    width, height = image.size
+    pixels = np.asarray(image).reshape(height, width * 3).astype(np.float32)
+    pixels *= np.tile(scale, width)
+    pixels -= np.tile(shift, width)
+    return pixels.reshape(height, width, 3)
