@@ -123,6 +123,7 @@ register_model(
         dims=(32, 64),
         num_classes=10,
         ssm_d_state=1,
+        ssm_ratio=1.0,
         ssm_conv_bias=False,
         forward_type="v05_noz",
         downsample_version="v3",

@@ -1,0 +1,111 @@
+"""The loop as a user meets it: one command trains, resumes, draws, and says what is wrong."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from vmamba_jax.checkpoint import Checkpoints
+from vmamba_jax.config import VMambaConfig
+from vmamba_jax.registry import register_model
+from vmamba_jax.training.cli import main
+from vmamba_jax.training.metrics import read_rows
+
+# Small enough to compile in seconds: one block over 4x4 patches.
+register_model(
+    "one_block",
+    VMambaConfig(
+        patch_size=8,
+        depths=(1,),
+        dims=(16,),
+        ssm_d_state=1,
+        ssm_ratio=1.0,
+        forward_type="v05_noz",
+        mlp_ratio=1.0,
+        downsample_version="v3",
+        patchembed_version="v2",
+    ),
+)
+_SMALL = [
+    "--model.name=one_block",
+    "--data.batch-size=472",
+    "--data.eval-batch-size=360",
+    "--optimizer.learning-rate=5e-3",
+]
+
+
+def _train(run: Path, *options: str) -> int:
+    return main([*_SMALL, f"--run={run}", *options])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "digits"
+    assert _train(run, "--epochs=2", "--log-every=1", "--keep=1") == 0
+    return run
+
+
+def test_a_run_leaves_metrics_picture_config_and_events(finished: Path) -> None:
+    rows = read_rows(finished)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "accuracy" in row] == [3, 6]
+    assert (finished / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((finished / "config.json").read_text())["model"]["name"] == "one_block"
+    assert list(finished.glob("events.out.tfevents.*"))
+
+
+def test_the_last_line_is_the_held_out_accuracy_and_a_finished_run_says_how_to_start_afresh(
+    finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(finished, "--epochs=2") == 0
+    output = capfd.readouterr().out
+    last = output.strip().splitlines()[-1]
+    assert re.fullmatch(r"held-out accuracy \d+\.\d\d%", last)
+    recorded = [row["accuracy"] for row in read_rows(finished) if "accuracy" in row][-1]
+    assert last == f"held-out accuracy {100 * recorded:.2f}%"
+    assert "To train afresh, delete that folder" in output
+
+
+def test_a_longer_run_goes_on_from_the_last_checkpoint(
+    finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(finished, "--epochs=3", "--log-every=1") == 0
+    assert "after update 6 of 9" in capfd.readouterr().out
+    steps = [row["step"] for row in read_rows(finished) if "loss" in row]
+    assert steps == list(range(1, 10))
+    with Checkpoints(finished / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.name=one_blok"], "Did you mean 'one_block'"),
+        (["--mesh.data=7"], "does not use 8 devices"),
+        (["--data.batch-size=481"], "use a multiple of 8, such as 480 or 488"),
+        (["--data.kind=image_folder", "--data.root=/nowhere"], "nowhere"),
+        (["--optimizer.warmup-epochs=9"], "warm-up"),
+    ],
+)
+def test_bad_input_gives_one_clear_error(
+    options: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(tmp_path, "--epochs=2", *options) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_another_run_in_the_folder_is_refused_and_kept(
+    finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(finished.rglob("*"))
+    assert _train(finished, "--epochs=4", "--seed=1") == 1
+    assert "seed: 0 -> 1" in capfd.readouterr().err
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_an_unknown_preset_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["imagenet-tyni"]) == 1
+    assert "Did you mean 'imagenet-tiny'" in capfd.readouterr().err

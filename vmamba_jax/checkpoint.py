@@ -1,0 +1,229 @@
+"""Every Orbax call: checkpoints of a run, saved in the background and restored onto any mesh.
+
+A checkpoint is a folder named after its step that appears only when it is complete, so an
+interrupted save or a full disk leaves the ones before it as they were. It holds five items:
+
+- ``variables`` and ``ema``: the weights, each restorable alone;
+- ``training``: optimizer state, counters and random key;
+- ``data``: the position of the data iterator, good for any number of processes;
+- ``meta``: the run's configuration as JSON.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from vmamba_jax.training.state import TrainState
+
+PyTree = Any
+
+_ARRAYS = ("variables", "ema", "training")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says which and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Use it as a context manager: leaving it waits for the last save.
+
+    Args:
+        folder: where they are kept.
+        keep: how many of the latest to keep, beside the best one.
+        read_only: never write, for evaluation.
+    """
+
+    def __init__(self, folder: Path | str, *, keep: int = 3, read_only: bool = False) -> None:
+        self.folder = Path(folder).absolute()
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS}
+        handlers["data"] = ocp.JsonCheckpointHandler()
+        handlers["meta"] = ocp.JsonCheckpointHandler()
+        policies = checkpoint_managers
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_handlers=handlers,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            n=1,
+                            get_metric_fn=lambda metrics: metrics["accuracy"],
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                best_fn=lambda metrics: metrics["accuracy"],
+                # A save that was cut short leaves a temporary folder behind.
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except CheckpointError:
+            if error is None:
+                raise
+        finally:
+            self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The last complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """The evaluated checkpoint with the highest accuracy, or None."""
+        return self._manager.best_step()
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        data_iterator: Any,
+        config: dict[str, Any],
+        accuracy: float | None = None,
+    ) -> None:
+        """Starts saving in the background, after the previous save has ended.
+
+        The arrays are copied to the host before this returns, so the state may be donated.
+
+        Args:
+            state: the state; its step names the checkpoint.
+            data_iterator: whose position is saved: `get_state()` gives it as JSON types.
+            config: the run's configuration, as JSON types.
+            accuracy: held-out accuracy, if it was measured; decides which checkpoint is the best.
+
+        Raises:
+            CheckpointError: if this or the previous save could not be written.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items: dict[str, Any] = {
+            "variables": ocp.args.StandardSave(state.variables),
+            "training": ocp.args.StandardSave(_training_part(state)),
+            "data": ocp.args.JsonSave(data_iterator.get_state()),
+            "meta": ocp.args.JsonSave(config),
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        metrics = None if accuracy is None else {"accuracy": accuracy}
+        self.wait()
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        except Exception as error:
+            raise self._write_error(error) from error
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._write_error(error) from error
+
+    def restore(
+        self, abstract_state: TrainState, *, data_iterator: Any = None, step: int | None = None
+    ) -> TrainState:
+        """Reads a checkpoint onto the devices that `abstract_state` names.
+
+        Args:
+            abstract_state: from `vmamba_jax.training.state.abstract_state`; the mesh may differ
+                from the one that saved.
+            data_iterator: moved to the saved position by `set_state`; None leaves data alone.
+            step: which checkpoint; the latest by default.
+
+        Raises:
+            CheckpointError: if there is no such checkpoint or it belongs to another model.
+        """
+        items: dict[str, Any] = {
+            "variables": ocp.args.StandardRestore(abstract_state.variables),
+            "training": ocp.args.StandardRestore(_training_part(abstract_state)),
+        }
+        if abstract_state.ema is not None:
+            items["ema"] = ocp.args.StandardRestore(abstract_state.ema)
+        if data_iterator is not None:
+            items["data"] = ocp.args.JsonRestore()
+        restored = self._restore(step, items)
+        if data_iterator is not None:
+            data_iterator.set_state(restored["data"])
+        return dataclasses.replace(
+            abstract_state,
+            variables=restored["variables"],
+            ema=restored["ema"] if abstract_state.ema is not None else None,
+            **restored["training"],
+        )
+
+    def restore_weights(
+        self, abstract_variables: PyTree, *, average: bool, step: int | None = None
+    ) -> PyTree:
+        """Reads the weights alone.
+
+        Args:
+            abstract_variables: the model's variables as `jax.ShapeDtypeStruct`.
+            average: the moving average instead of the last weights.
+            step: which checkpoint; the latest by default.
+
+        Raises:
+            CheckpointError: if there is no such checkpoint or it belongs to another model.
+        """
+        item = "ema" if average else "variables"
+        return self._restore(step, {item: ocp.args.StandardRestore(abstract_variables)})[item]
+
+    def config(self, step: int | None = None) -> dict[str, Any]:
+        """The configuration that a checkpoint was saved with (the latest by default)."""
+        return self._restore(step, {"meta": ocp.args.JsonRestore()})["meta"]
+
+    def _restore(self, step: int | None, items: dict[str, Any]) -> Any:
+        step = self.latest_step if step is None else step
+        if step is None or step not in self._manager.all_steps():
+            found = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise CheckpointError(
+                f"{self.folder} holds no complete checkpoint"
+                + (f" of step {step}" if step is not None else "")
+                + f" (found: {found})"
+            )
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise CheckpointError(
+                f"checkpoint {self.folder / str(step)} can't be read for this model: {reason}. "
+                "Either it belongs to another model or the file is damaged; choose another step "
+                "or another folder"
+            ) from error
+
+    def _write_error(self, error: Exception) -> CheckpointError:
+        latest = self.latest_step
+        kept = "no earlier one exists" if latest is None else f"step {latest} is intact"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        return CheckpointError(
+            f"a checkpoint could not be written to {self.folder} ({kept}): {reason}. "
+            "If the disk is full, make room and run the same command again"
+        )
+
+
+def _training_part(state: TrainState) -> dict[str, Any]:
+    """What is neither weights nor their average."""
+    return {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "rng": state.rng,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+    }

@@ -1,0 +1,63 @@
+"""Held-out loss and accuracy, every image counted exactly once."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vmamba_jax.training.sharding import put_batch
+from vmamba_jax.training.step import EvalStep
+
+_SUMS = ("count", "loss", "top1", "top5")
+
+
+class Evaluation(NamedTuple):
+    """Results over a whole held-out set.
+
+    Attributes:
+        accuracy: share of images whose most likely class is right.
+        accuracy_top5: share of images whose class is among the five most likely.
+        loss: mean cross-entropy in nats.
+        images: how many images were counted.
+    """
+
+    accuracy: float
+    accuracy_top5: float
+    loss: float
+    images: int
+
+
+def evaluate(
+    eval_step: EvalStep,
+    variables: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+) -> Evaluation:
+    """Runs a model over held-out batches.
+
+    Args:
+        eval_step: from `make_eval_step`.
+        variables: the model's variables, on the mesh.
+        batches: this process's part of each batch: `image`, `label`, and a `mask` that is False
+            for padding.
+        mesh: from `make_mesh`.
+
+    Raises:
+        ValueError: if there is no image.
+    """
+    totals: dict[str, jax.Array] = {}
+    for batch in batches:
+        results = eval_step(variables, put_batch(batch, mesh))
+        totals = {name: totals.get(name, 0.0) + results[name] for name in _SUMS}
+    sums = {name: float(value) for name, value in totals.items()}
+    if not sums.get("count"):
+        raise ValueError("the held-out split has no readable image")
+    count = sums["count"]
+    return Evaluation(
+        accuracy=sums["top1"] / count,
+        accuracy_top5=sums["top5"] / count,
+        loss=sums["loss"] / count,
+        images=int(count),
+    )

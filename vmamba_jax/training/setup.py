@@ -1,0 +1,182 @@
+"""From a configuration to the objects of a run: sources, batches, model, optimizer, step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from vmamba_jax.data import (
+    BatchIterator,
+    DigitsTransform,
+    EvalTransform,
+    ImageSource,
+    TrainTransform,
+    check_same_classes,
+    eval_batches,
+    mix,
+    open_source,
+    train_iterator,
+)
+from vmamba_jax.models.vssm import VSSM
+from vmamba_jax.registry import model_config
+from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
+from vmamba_jax.training.optimizer import make_optimizer
+from vmamba_jax.training.state import TrainState, abstract_variables, make_state
+from vmamba_jax.training.step import Augment, Batch, TrainStep, make_train_step
+
+
+class Sources(NamedTuple):
+    """The two splits of a run's data set."""
+
+    train: ImageSource
+    val: ImageSource
+
+
+def open_sources(config: DataConfig) -> Sources:
+    """Opens both splits and checks that they have the same classes.
+
+    Raises:
+        DataError: if the data can't be used.
+    """
+    sources = Sources(
+        open_source(config.kind, config.root, config.train_split),
+        open_source(config.kind, config.root, config.val_split),
+    )
+    check_same_classes(*sources)
+    return sources
+
+
+def build_model(config: ModelConfig, *, num_classes: int, image_size: int) -> VSSM:
+    """The model that a run trains; no parameters are made."""
+    architecture = model_config(config.name).replace(
+        num_classes=num_classes,
+        imgsize=image_size,
+        drop_path_rate=config.drop_path_rate,
+        use_checkpoint=config.use_checkpoint,
+    )
+    return VSSM(architecture, dtype=jnp.dtype(config.dtype))
+
+
+def build_augment(config: DataConfig, num_classes: int, accumulation_steps: int = 1) -> Augment:
+    """Mixup, CutMix and label smoothing as the released recipe mixes: per group of images."""
+    part = config.batch_size // accumulation_steps
+    groups = part // config.mix_group if part % config.mix_group == 0 else 1
+
+    def augment(key: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return mix(
+            key,
+            batch["image"],
+            batch["label"],
+            num_classes=num_classes,
+            mixup_alpha=config.mixup,
+            cutmix_alpha=config.cutmix,
+            label_smoothing=config.label_smoothing,
+            groups=max(groups, 1),
+        )
+
+    return augment
+
+
+def train_batches(config: RunConfig, source: ImageSource) -> BatchIterator:
+    """This process's part of the endless training batches."""
+    data = config.data
+    transform = {
+        "released": TrainTransform(size=data.image_size),
+        "light": TrainTransform(
+            size=data.image_size, scale=(0.5, 1.0), rand_augment=None, erasing=0.0
+        ),
+        "digits": DigitsTransform(),
+    }[data.augmentation]
+    return train_iterator(
+        source,
+        transform,
+        batch_size=data.batch_size // jax.process_count(),
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        worker_count=data.workers,
+        damaged_is_fatal=data.damaged_is_fatal,
+    )
+
+
+def held_out_batches(config: DataConfig, source: ImageSource) -> BatchIterator:
+    """This process's part of one pass over the held-out images."""
+    return eval_batches(
+        source,
+        EvalTransform(size=config.image_size, crop=config.eval_crop),
+        batch_size=config.eval_batch_size // jax.process_count(),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        worker_count=config.workers,
+        damaged_is_fatal=config.damaged_is_fatal,
+    )
+
+
+class Learner(NamedTuple):
+    """What learns, before any array is made.
+
+    Attributes:
+        model: the model.
+        optimizer: its optimizer.
+        init: builds the state from scratch.
+        train_step: one update, jitted.
+        params: the model's parameters as `jax.ShapeDtypeStruct`.
+    """
+
+    model: VSSM
+    optimizer: optax.GradientTransformationExtraArgs
+    init: Callable[[], TrainState]
+    train_step: TrainStep
+    params: object
+
+
+def build_learner(config: RunConfig, *, num_classes: int, mesh: Mesh) -> Learner:
+    """Builds model, optimizer and update; needs neither data nor the mesh's devices."""
+    size = config.data.image_size
+    image_shape = (size, size, 3)
+    model = build_model(config.model, num_classes=num_classes, image_size=size)
+    params = abstract_variables(model, image_shape)["params"]
+    optimizer = make_optimizer(config.optimizer, model.config)
+    steps, ema_decay = config.optimizer.accumulation_steps, config.optimizer.ema_decay
+    return Learner(
+        model=model,
+        optimizer=optimizer,
+        init=make_state(
+            model, optimizer, image_shape=image_shape, seed=config.seed, ema=ema_decay > 0
+        ),
+        train_step=make_train_step(
+            model,
+            optimizer,
+            build_augment(config.data, num_classes, steps),
+            mesh,
+            ema_decay=ema_decay,
+            accumulation_steps=steps,
+        ),
+        params=params,
+    )
+
+
+def identity_of(config: RunConfig) -> RunConfig:
+    """The part of a configuration that an interrupted run must be resumed with.
+
+    Everything else (where the data lies, how many devices and workers there are, how long the run
+    is, what is logged) may change.
+    """
+    blank = RunConfig()
+    return dataclasses.replace(
+        blank,
+        seed=config.seed,
+        model=config.model,
+        optimizer=config.optimizer,
+        data=dataclasses.replace(
+            config.data,
+            root=blank.data.root,
+            workers=blank.data.workers,
+            eval_batch_size=blank.data.eval_batch_size,
+            damaged_is_fatal=blank.data.damaged_is_fatal,
+        ),
+    )

@@ -1,0 +1,110 @@
+"""Where every array lives: a ("data", "fsdp") mesh and the shardings of state and batches.
+
+The batch is split over both axes. Large parameters, their moments and their average are split over
+"fsdp" (Zhao et al., "PyTorch FSDP", 2023; Rajbhandari et al., "ZeRO", 2020) and whole along "data".
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+PyTree = Any
+
+_MIN_SHARDED_SIZE = 2**12
+"""Leaves with fewer elements stay whole: gathering them would cost more than they weigh."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The shape of the device mesh.
+
+    Attributes:
+        data: devices along "data", each holding all parameters; -1 takes what is left.
+        fsdp: devices along "fsdp", which share the parameters among them.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A ("data", "fsdp") mesh over all devices, or over the given ones.
+
+    Raises:
+        ValueError: if the shape does not use every device.
+    """
+    count = len(devices) if devices is not None else jax.device_count()
+    fsdp = config.fsdp
+    data = config.data if config.data != -1 else count // max(fsdp, 1)
+    if fsdp < 1 or data < 1 or data * fsdp != count:
+        raise ValueError(
+            f"a mesh of data={config.data} x fsdp={fsdp} does not use {count} devices exactly: "
+            f"choose two numbers whose product is {count} (data=-1 takes what is left)"
+        )
+    return jax.make_mesh(
+        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def state_sharding(state: PyTree, mesh: Mesh) -> PyTree:
+    """A sharding for every leaf: its longest axis that divides goes over "fsdp".
+
+    Args:
+        state: any tree of arrays or `jax.ShapeDtypeStruct`.
+        mesh: from `make_mesh`.
+    """
+    parts = mesh.shape["fsdp"]
+
+    def leaf_sharding(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
+        if parts == 1 or not axes or np.prod(leaf.shape) < _MIN_SHARDED_SIZE:
+            return replicated(mesh)
+        axis = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
+
+    return jax.tree.map(leaf_sharding, state)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
+    """Refuses a batch that can't be split evenly.
+
+    Raises:
+        ValueError: if `batch_size` is no multiple of devices times accumulation steps.
+    """
+    parts = mesh.size * accumulation_steps
+    if batch_size < 1 or batch_size % parts:
+        lower = batch_size // parts * parts
+        nearest = " or ".join(str(size) for size in (lower, lower + parts) if size)
+        raise ValueError(
+            f"a batch of {batch_size} images can't be split over {mesh.size} devices"
+            + (f" in {accumulation_steps} accumulation steps" if accumulation_steps > 1 else "")
+            + f": use a multiple of {parts}, such as {nearest}"
+        )
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Turns this process's part of a batch into global arrays split over all devices.
+
+    Args:
+        batch: arrays whose leading axis holds this process's images, equally many everywhere.
+        mesh: from `make_mesh`.
+    """
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }
