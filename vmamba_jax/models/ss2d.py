@@ -107,10 +107,15 @@ class SS2D(nn.Module):
     def _rank(self, channels: int) -> int:
         return math.ceil(channels / 16) if self.dt_rank == "auto" else int(self.dt_rank)
 
+    def _weight(
+        self, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...], dtype: Dtype
+    ) -> Array:
+        # Converted weights may still be NumPy arrays.
+        return jnp.asarray(self.param(name, init, (ROUTES, *shape), self.param_dtype), dtype)
+
     def _x_proj(self, rank: int, inner: int) -> Array:
-        shape = (ROUTES, rank + 2 * self.d_state, inner)
-        weight = self.param("x_proj_weight", uniform_init(inner**-0.5), shape, self.param_dtype)
-        return weight.astype(self.dtype)
+        shape = (rank + 2 * self.d_state, inner)
+        return self._weight("x_proj_weight", uniform_init(inner**-0.5), shape, self.dtype)
 
     def _scan(self, x: FeatureMap, channels: int) -> FeatureMap:
         variant = parse_forward_type(self.forward_type)
@@ -133,10 +138,10 @@ class SS2D(nn.Module):
         return selective_scan_2d(
             x,
             self._x_proj(rank, inner),
-            self.param("dt_projs_weight", dt_proj, (ROUTES, inner, rank), dtype).astype(self.dtype),
-            self.param("dt_projs_bias", dt_bias, (ROUTES, inner), dtype),
-            self.param("A_logs", a_logs, (ROUTES, inner, states), dtype),
-            self.param("Ds", nn.initializers.ones, (ROUTES, inner), dtype),
+            self._weight("dt_projs_weight", dt_proj, (inner, rank), self.dtype),
+            self._weight("dt_projs_bias", dt_bias, (inner,), dtype),
+            self._weight("A_logs", a_logs, (inner, states), dtype),
+            self._weight("Ds", nn.initializers.ones, (inner,), dtype),
             order=variant.scan_order,
             force_fp32=variant.force_fp32,
             implementation=self.scan_implementation,
@@ -153,13 +158,13 @@ class SS2D(nn.Module):
         normal = self.initialize == "v1"
         a_logs = nn.initializers.normal(1.0) if normal else nn.initializers.zeros
         dt_bias = nn.initializers.normal(0.1) if normal else nn.initializers.uniform(0.1)
-        dtype, skip = self.param_dtype, (ROUTES, heads, inner // heads)
+        dtype = self.param_dtype
         return ssd_2d(
             x,
             self._x_proj(heads, inner),
-            self.param("dt_projs_bias", dt_bias, (ROUTES, heads), dtype),
-            self.param("A_logs", a_logs, (ROUTES, heads), dtype),
-            self.param("Ds", nn.initializers.ones, skip, dtype),
+            self._weight("dt_projs_bias", dt_bias, (heads,), dtype),
+            self._weight("A_logs", a_logs, (heads,), dtype),
+            self._weight("Ds", nn.initializers.ones, (heads, inner // heads), dtype),
         )
 
     def _out_norm(self, y: FeatureMap, kind: str) -> FeatureMap:
