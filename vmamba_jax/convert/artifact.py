@@ -1,6 +1,7 @@
 """A model on disk: weights, architecture and provenance in one Orbax checkpoint."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,13 +62,14 @@ def save_model(
     }
     tree = jax.tree.map(np.asarray, variables)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ocp.Checkpointer(_handler()) as checkpointer:
-        checkpointer.save(
-            path,
-            args=ocp.args.Composite(
-                variables=ocp.args.PyTreeSave(tree), model=ocp.args.JsonSave(about)
-            ),
-        )
+    args = ocp.args.Composite(variables=ocp.args.PyTreeSave(tree), model=ocp.args.JsonSave(about))
+    logger = logging.getLogger("absl")
+    logger.addFilter(_is_news)
+    try:
+        with ocp.Checkpointer(_handler()) as checkpointer:
+            checkpointer.save(path, args=args)
+    finally:
+        logger.removeFilter(_is_news)
 
 
 def load_model(path: str | os.PathLike[str]) -> SavedModel:
@@ -93,12 +95,15 @@ def load_model(path: str | os.PathLike[str]) -> SavedModel:
             )
         about = saved["model"]
         config = VMambaConfig(**about["config"])
-        return SavedModel(
-            saved["variables"], config, about["provenance"], about.get("class_names")
-        )
+        return SavedModel(saved["variables"], config, about["provenance"], about.get("class_names"))
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise CheckpointError(f"{path}: incomplete or damaged ({reason})") from error
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # Orbax warns that there is nothing of the format to merge that we tell it not to use.
+    return "Skipping merge of OCDBT" not in record.getMessage()
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:

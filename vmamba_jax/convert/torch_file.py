@@ -15,9 +15,9 @@ import pickletools
 import struct
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -87,7 +87,7 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         CheckpointError: not a checkpoint, cut short, damaged, or of a kind this reader refuses.
-        OSError: the file can't be opened or read.
+        OSError: the file can't be opened.
     """
     with Path(path).open("rb") as file:
         try:
@@ -103,8 +103,6 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
             )
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error.__cause__
-        except OSError:
-            raise
         except (
             Exception
         ) as error:  # what damaged bytes provoke in the parsers is never our caller's
@@ -121,7 +119,7 @@ class _Storage:
 _ReadStorage = Callable[[str, int], np.ndarray]
 
 
-def _load_zip(file: BinaryIO) -> Any:
+def _load_zip(file: io.BufferedReader) -> Any:
     try:
         archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, EOFError) as error:
@@ -156,7 +154,7 @@ def _load_zip(file: BinaryIO) -> Any:
             raise CheckpointError("damaged: its members add up to more than the file")
         content = np.empty(info.file_size, np.uint8)
         with archive.open(info) as member:  # verifies the checksum
-            _fill(member, content)
+            _fill(member.read, content)
         return content
 
     order = read("byteorder").tobytes().decode() if root + "byteorder" in members else "little"
@@ -166,7 +164,7 @@ def _load_zip(file: BinaryIO) -> Any:
     return _Interpreter(lambda key, size: read(f"data/{key}", size), order).run(program)
 
 
-def _load_legacy(file: BinaryIO) -> Any:
+def _load_legacy(file: io.BufferedReader) -> Any:
     file.seek(0)
     room = os.fstat(file.fileno()).st_size
     contents: dict[str, np.ndarray] = {}
@@ -198,7 +196,7 @@ def _load_legacy(file: BinaryIO) -> Any:
         (count,) = struct.unpack("<q", file.read(8))
         if count != len(contents[key]) // interpreter.storages[key].dtype.itemsize:
             raise CheckpointError(f"damaged: storage {key!r} is not of the size it was declared")
-        _fill(file, contents[key])
+        _fill(file.read, contents[key])
     return result
 
 
@@ -206,13 +204,14 @@ def _no_storage(key: str, size: int) -> np.ndarray:
     raise CheckpointError(f"damaged: storage {key!r} of {size} bytes in the file's header")
 
 
-def _fill(source: Any, content: np.ndarray) -> None:
-    view, filled = memoryview(content), 0
-    while filled < len(view):
-        count = source.readinto(view[filled : filled + _CHUNK])
-        if not count:
+def _fill(read: Callable[[int], bytes], content: np.ndarray) -> None:
+    filled = 0
+    while filled < len(content):
+        chunk = read(min(_CHUNK, len(content) - filled))
+        if not chunk:
             raise CheckpointError("cut short: a storage ends before its declared size")
-        filled += count
+        content.data[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
 
 
 class _Interpreter:
@@ -223,11 +222,12 @@ class _Interpreter:
         self._byteorder = byteorder
         self.storages: dict[str, _Storage] = {}
 
-    def run(self, program: BinaryIO) -> Any:
+    def run(self, program: io.BytesIO | io.BufferedReader) -> Any:
         stack: list[Any] = []
         below: list[list[Any]] = []  # the stack under each mark
         memo: dict[int, Any] = {}
-        for count, (operation, arg, _) in enumerate(pickletools.genops(program)):
+        steps = cast("Iterable[tuple[Any, Any, Any]]", pickletools.genops(program))
+        for count, (operation, arg, _) in enumerate(steps):
             if count > _MAX_OPERATIONS:
                 raise CheckpointError(f"its pickle runs to over {_MAX_OPERATIONS} steps. {RESAVE}")
             match operation.name:
