@@ -71,7 +71,7 @@ RELEASES = {
 
 
 def load_pretrained(
-    source: Literal[True] | str | os.PathLike[str], config: VMambaConfig, name: str
+    source: Literal[True] | str | os.PathLike[str], config: VMambaConfig, name: str, seed: int = 0
 ) -> Variables:
     """Trained weights for a model.
 
@@ -82,6 +82,7 @@ def load_pretrained(
         config: the architecture to fill. A head of another number of classes than the source's
             starts anew, and a position embedding of another image size is resized.
         name: the model's name.
+        seed: of a new head's weights.
 
     Returns:
         float32 NumPy variables for ``VSSM(config).apply``.
@@ -100,7 +101,9 @@ def load_pretrained(
     source = os.fspath(source)
     is_url = source.startswith(("http://", "https://"))
     path = cached_model(source) if is_url else Path(source)
-    weights = read_weights(path, num_classes=config.num_classes, image_size=config.imgsize)
+    weights = read_weights(
+        path, num_classes=config.num_classes, image_size=config.imgsize, seed=seed
+    )
     try:
         return from_torch(weights.state_dict, config)
     except ValueError as error:
@@ -192,6 +195,7 @@ def _download(url: str, part: Path) -> None:
                 _fetch_rest(url, part, progress, task)
                 return
             except urllib.error.HTTPError as error:
+                error.close()
                 if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
                     part.unlink()  # longer than what is there now: not the same file any more
                 elif error.code < 500 and error.code not in (408, 429):

@@ -47,6 +47,7 @@ def read_weights(
     weights: WeightChoice = "auto",
     num_classes: int | None = None,
     image_size: int | None = None,
+    seed: int = 0,
 ) -> Weights:
     """Reads a model from a PyTorch checkpoint, a safetensors file or a saved model.
 
@@ -56,6 +57,7 @@ def read_weights(
         weights: which ones, where a training run saved two; see `find_weights`.
         num_classes: replace the head by a new one of so many classes, unless it has them.
         image_size: resize the position embedding for images of this side, if there is one.
+        seed: of a new head's weights.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
@@ -64,20 +66,14 @@ def read_weights(
     path = Path(path)
     try:
         read = _read_saved_model(path) if path.is_dir() else _read_file(path, weights)
-        state_dict, new_head = replace_head(
-            read.state_dict, read.config.num_classes if num_classes is None else num_classes
-        )
-        config = read.config
-        if config.posembed and image_size is not None:
-            state_dict, resized = resize_position_embedding(
-                state_dict, image_size // config.patch_size
-            )
-            config = config.replace(imgsize=image_size)
-        else:
-            resized = []
-        class_names = None if new_head else read.class_names
+        config, state_dict, new_head, resized = read.config, read.state_dict, [], []
         if num_classes is not None:
             config = config.replace(num_classes=num_classes)
+            state_dict, new_head = replace_head(state_dict, num_classes, seed)
+        if image_size is not None and config.posembed:
+            config = config.replace(imgsize=image_size)
+            side = image_size // config.patch_size
+            state_dict, resized = resize_position_embedding(state_dict, side)
         from_torch(state_dict, config)  # strict: every missing, unexpected or misshapen key
     except CheckpointError as error:
         message = str(error)
@@ -85,14 +81,14 @@ def read_weights(
         raise CheckpointError(prefix + message) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    changed = {change.target for change in new_head + resized}
+    changed = {change.target or change.source for change in new_head + resized}
     changes = [change for change in read.changes if change.target not in changed]
     return dataclasses.replace(
         read,
         state_dict=state_dict,
         config=config,
         changes=changes + new_head + resized,
-        class_names=class_names,
+        class_names=None if new_head else read.class_names,
     )
 
 
