@@ -77,7 +77,7 @@ def test_convert_back_gives_pytorch_its_own_bits(run, tmp_path):
 
 @pytest.mark.parity
 def test_a_written_pth_file_is_read_by_pytorch(run, tmp_path):
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
 
     for name in ("cls_released_v2", "cls_bfloat16"):
         target = tmp_path / f"{name}.pth"

@@ -71,7 +71,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 
