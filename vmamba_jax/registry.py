@@ -1,6 +1,7 @@
 """Named architectures: the nine released models, the default one, and a small one for the demo."""
 
 import fnmatch
+import os
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ def model_config(name: str) -> VMambaConfig:
 def create_model(
     name: str,
     *,
+    pretrained: bool | str | os.PathLike[str] = False,
     num_classes: int = 1000,
     image_size: int = 224,
     dtype: Dtype = jnp.float32,
@@ -52,6 +54,9 @@ def create_model(
 
     Args:
         name: one of `list_models`.
+        pretrained: True for the weights that were released under this name, fetched once and
+            kept; or the address of a checkpoint, or a path to one. A head of another number of
+            classes starts anew.
         num_classes: classes of the head; 0 leaves it out: the model returns pooled features.
         image_size: side of the image that a position embedding is made for, in pixels. Models
             without one (all released ones) take any size.
@@ -63,12 +68,22 @@ def create_model(
         The module, and its variables for ``model.apply``.
 
     Raises:
-        ValueError: for an unknown model or field, or a value that a field can't take.
+        ValueError: for an unknown model or field, or a value that a field can't take; as
+            `vmamba_jax.convert.CheckpointError` for pretrained weights that can't be had or don't
+            fit.
+        OSError: if the pretrained weights can't be read.
     """
     config = model_config(name).replace(
         num_classes=num_classes, imgsize=image_size, **config_overrides
     )
     model = VSSM(config, dtype=dtype)
+    if pretrained:
+        # Files, network and Orbax are loaded only when asked for.
+        from vmamba_jax.convert.pretrained import load_pretrained  # noqa: PLC0415
+
+        seed = 0 if rng is None else int(jax.random.bits(rng))
+        variables = load_pretrained(pretrained, config, name, seed)
+        return model, jax.tree.map(jnp.asarray, variables)
     images = jnp.zeros((1, image_size, image_size, config.in_chans))
     # Compiled, the forward pass that Linen runs to find the shapes is dropped as dead code.
     variables = jax.jit(model.init)(jax.random.key(0) if rng is None else rng, images)

@@ -1,5 +1,20 @@
 """PyTorch weights in and out, without torch."""
 
+from vmamba_jax.convert.artifact import SavedModel, load_model, save_model
 from vmamba_jax.convert.mapping import from_torch, infer_config, to_torch
+from vmamba_jax.convert.source import Weights, read_weights
+from vmamba_jax.convert.torch_file import CheckpointError, Opaque, load_torch_file
 
-__all__ = ["from_torch", "infer_config", "to_torch"]
+__all__ = [
+    "CheckpointError",
+    "Opaque",
+    "SavedModel",
+    "Weights",
+    "from_torch",
+    "infer_config",
+    "load_model",
+    "load_torch_file",
+    "read_weights",
+    "save_model",
+    "to_torch",
+]

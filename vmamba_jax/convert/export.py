@@ -1,0 +1,71 @@
+"""Writes weights under PyTorch's names, for PyTorch."""
+
+import os
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from vmamba_jax.convert.torch_file import CheckpointError
+
+
+def save_safetensors(path: Path, state_dict: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file; it appears only when it is complete.
+
+    Args:
+        path: a file that does not exist yet.
+        state_dict: arrays under PyTorch's names.
+
+    Raises:
+        CheckpointError: if `path` exists.
+        OSError: if it can't be written.
+    """
+    part = _part_of(path)
+    try:
+        arrays = {key: np.ascontiguousarray(array) for key, array in state_dict.items()}
+        safetensors.numpy.save_file(arrays, part, metadata={"format": "pt"})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_torch(path: Path, state_dict: dict[str, np.ndarray]) -> None:
+    """Writes ``{"model": state_dict}`` as the released files do; needs torch.
+
+    Args:
+        path: a file that does not exist yet.
+        state_dict: arrays under PyTorch's names.
+
+    Raises:
+        CheckpointError: if `path` exists or torch is not installed.
+        OSError: if it can't be written.
+    """
+    try:
+        # An optional extra that nothing else needs.
+        import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: writing a .pth file needs torch: pip install 'vmamba-jax[parity]'. "
+            "A .safetensors file needs nothing more, and PyTorch reads it too"
+        ) from error
+    part = _part_of(path)
+    tensors = {}
+    for key, array in state_dict.items():
+        if array.dtype == ml_dtypes.bfloat16:
+            bits = torch.from_numpy(array.view(np.uint16).copy())
+            tensors[key] = bits.view(torch.bfloat16)
+        else:
+            tensors[key] = torch.from_numpy(array.copy())
+    try:
+        torch.save({"model": tensors}, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _part_of(path: Path) -> Path:
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; choose another name or delete it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f"{path.name}.{os.getpid()}.part")

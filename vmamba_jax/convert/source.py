@@ -1,0 +1,161 @@
+"""Weights from any file we know, brought to today's names, with a report of what was done."""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from vmamba_jax.config import VMambaConfig
+from vmamba_jax.convert.adapt import replace_head, resize_position_embedding
+from vmamba_jax.convert.artifact import load_model
+from vmamba_jax.convert.layout import WeightChoice, find_weights
+from vmamba_jax.convert.mapping import from_torch, infer_config, to_torch
+from vmamba_jax.convert.naming import Change, standard_names
+from vmamba_jax.convert.torch_file import CheckpointError, load_torch_file
+from vmamba_jax.typing import Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model's weights and where they came from.
+
+    Attributes:
+        state_dict: arrays under PyTorch's names of today.
+        config: the architecture.
+        provenance: source, its hash, layout, the weights chosen; as JSON types.
+        changes: what became of each tensor of the source.
+        class_names: names of the classes, where the source has them.
+    """
+
+    state_dict: dict[str, np.ndarray]
+    config: VMambaConfig
+    provenance: dict[str, Any]
+    changes: list[Change]
+    class_names: list[str] | None = None
+
+    def variables(self) -> Variables:
+        """The weights as float32 variables for ``VSSM(config).apply``."""
+        return from_torch(self.state_dict, self.config)
+
+
+def read_weights(
+    path: str | os.PathLike[str],
+    weights: WeightChoice = "auto",
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> Weights:
+    """Reads a model from a PyTorch checkpoint, a safetensors file or a saved model.
+
+    Args:
+        path: a ``.pth`` file of any VMamba release or training run, a ``.safetensors`` file with
+            PyTorch's names, or a folder from `save_model`.
+        weights: which ones, where a training run saved two; see `find_weights`.
+        num_classes: replace the head by a new one of so many classes, unless it has them.
+        image_size: resize the position embedding for images of this side, if there is one.
+        seed: of a new head's weights.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it.
+        OSError: if the file can't be opened.
+    """
+    path = Path(path)
+    try:
+        read = _read_saved_model(path) if path.is_dir() else _read_file(path, weights)
+        config, state_dict, new_head, resized = read.config, read.state_dict, [], []
+        if num_classes is not None:
+            config = config.replace(num_classes=num_classes)
+            state_dict, new_head = replace_head(state_dict, num_classes, seed)
+        if image_size is not None and config.posembed:
+            config = config.replace(imgsize=image_size)
+            side = image_size // config.patch_size
+            state_dict, resized = resize_position_embedding(state_dict, side)
+        from_torch(state_dict, config)  # strict: every missing, unexpected or misshapen key
+    except CheckpointError as error:
+        message = str(error)
+        prefix = "" if message.startswith(str(path)) else f"{path}: "
+        raise CheckpointError(prefix + message) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    changed = {change.target or change.source for change in new_head + resized}
+    changes = [change for change in read.changes if change.target not in changed]
+    return dataclasses.replace(
+        read,
+        state_dict=state_dict,
+        config=config,
+        changes=changes + new_head + resized,
+        class_names=None if new_head else read.class_names,
+    )
+
+
+def _read_saved_model(path: Path) -> Weights:
+    saved = load_model(path)
+    state_dict = to_torch(saved.variables, saved.config)
+    dtype = saved.provenance.get("dtype")
+    if dtype is not None:  # the file's own precision again; exact, since it was widened
+        state_dict = {
+            key: array.astype(np.dtype(dtype)) if array.dtype == np.float32 else array
+            for key, array in state_dict.items()
+        }
+    changes = [Change(key, key, "mapped") for key in state_dict]
+    return Weights(state_dict, saved.config, saved.provenance, changes, saved.class_names)
+
+
+def _read_file(path: Path, weights: WeightChoice) -> Weights:
+    if path.suffix == ".safetensors":
+        checkpoint: Any = _load_safetensors(path)
+    else:
+        checkpoint = load_torch_file(path)
+    found = find_weights(checkpoint, weights)
+    del checkpoint  # its optimizer state, as large as the weights twice over
+    state_dict, changes = standard_names(found.tensors)
+    changes += [Change(name, "", "left out", why) for name, why in found.left_out.items()]
+    if "classifier.norm.weight" not in state_dict and "classifier.head.weight" not in state_dict:
+        filled, identity = _identity_norm(state_dict)
+        state_dict, changes = state_dict | filled, changes + identity
+    config = infer_config(state_dict).replace(**found.config_fields)
+    provenance = {
+        "source": path.name,
+        "sha256": sha256(path),
+        "layout": found.layout,
+        "weights": found.chosen or "state dict",
+    }
+    dtypes = {a.dtype.name for a in state_dict.values() if a.dtype.kind != "i"} - {"float32"}
+    if dtypes and len(dtypes) == 1 and not any(a.dtype == np.float32 for a in state_dict.values()):
+        provenance["dtype"] = dtypes.pop()
+    return Weights(state_dict, config, provenance, changes)
+
+
+def _identity_norm(
+    state_dict: dict[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], list[Change]]:
+    """A backbone has no classifier; its features need none, and pooling needs its norm's shape."""
+    last = max((key for key in state_dict if key.endswith("blocks.0.norm.weight")), default=None)
+    if last is None:
+        return {}, []
+    dim = state_dict[last].shape[0]
+    norm = {
+        "classifier.norm.weight": np.ones(dim, np.float32),
+        "classifier.norm.bias": np.zeros(dim, np.float32),
+    }
+    why = "a backbone without classifier; its stages' features are exact"
+    return norm, [Change("", key, "initialised", why) for key in norm]
+
+
+def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
+    with path.open("rb"):  # a missing file or a missing right as the usual OSError
+        pass
+    try:
+        return safetensors.numpy.load_file(path)
+    except Exception as error:
+        raise CheckpointError(f"not a safetensors file, cut short or damaged ({error})") from error
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
