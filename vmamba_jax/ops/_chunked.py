@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vmamba_jax.ops._discretise import softplus_and_slope
 from vmamba_jax.typing import Array, Float
 
 
@@ -147,7 +148,7 @@ def _discretise(
         step = step + weights.bias[None]
     slope = jnp.ones_like(step)
     if delta_softplus:
-        step, slope = jax.nn.softplus(step), jax.nn.sigmoid(step)
+        step, slope = softplus_and_slope(step)
     decay = jnp.exp(step[:, :, None] * weights.A[None])
     return step, slope, decay, (step * u)[:, :, None] * B[..., None]
 
