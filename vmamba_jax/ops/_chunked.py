@@ -134,6 +134,13 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
 chunked_scan.defvjp(_forward, _backward)
 
 
+def chunk_length(length: int, longest: int) -> int:
+    """A chunk of at most `longest` steps: it divides the length if it needn't be much shorter."""
+    longest = max(1, min(length, longest))
+    divisors = (t for t in range(longest, longest // 2, -1) if length % t == 0)
+    return next(divisors, -(-length // -(-length // longest)))
+
+
 def _wide(A: Array, D: Array | None, bias: Array | None) -> _Weights:
     D, bias = (None if a is None else a.astype(jnp.float32) for a in (D, bias))
     return _Weights(A.astype(jnp.float32).swapaxes(1, 2), D, bias)
@@ -170,9 +177,7 @@ def _over_time(a: Float[Array, "T ..."]) -> Float[Array, "..."]:
 
 def _chunking(length: int, width: int, reverse: bool, longest: Callable[[int], int]):
     """Functions that cut one batch element, (L, ...), into chunks (Z, T, ...), and undo it."""
-    limit = max(1, min(length, longest(width)))
-    divisors = (t for t in range(limit, limit // 2, -1) if length % t == 0)
-    chunk = next(divisors, -(-length // -(-length // limit)))
+    chunk = chunk_length(length, longest(width))
     padding = -length % chunk
     # Steps of size zero follow the sequence: they neither decay nor drive the state. Softplus
     # would make them positive, but after the end that changes no output.
