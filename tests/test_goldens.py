@@ -63,7 +63,7 @@ def test_small_model_equals_pytorch(name, implementation):
         logits, state = model.apply(
             both,
             images,
-            capture_intermediates=lambda module, _: module.name and "blocks" in module.name,
+            capture_intermediates=lambda module, _: "blocks" in (module.name or ""),
         )
         return (logits * probe_of_loss).sum(), (logits, state)
 

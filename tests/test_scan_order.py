@@ -1,5 +1,7 @@
 """The 2-D traversals against their definitions, and SS2D's core against its spelled-out form."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +55,7 @@ def test_an_unknown_order_is_refused():
         cross_scan(draw(1, 2, 2, 1), "zigzag")
 
 
-def weights(states=3, rank=2):
+def weights(states=3, rank=2) -> dict[str, Any]:
     return {
         "x_proj": draw(4, rank + 2 * states, CHANNELS, seed=2),
         "dt_proj": draw(4, CHANNELS, rank, seed=3),
