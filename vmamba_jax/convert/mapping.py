@@ -46,9 +46,14 @@ def weight_table(config: VMambaConfig) -> tuple[Weight, ...]:
     """Every weight of a model under both names, in the order of our tree."""
     side = config.imgsize if config.posembed else config.patch_size * 2 ** len(config.depths)
     images = jax.ShapeDtypeStruct((1, side, side, config.in_chans), jnp.float32)
-    tree = jax.eval_shape(VSSM(config).init, jax.random.key(0), images)
-    flat = _flatten(tree)
-    return tuple(_weight(path, leaf.shape, config) for path, leaf in flat.items())
+    # The blocks of a stage are alike, and tracing all of a deep model takes seconds.
+    one_each = config.replace(depths=(1,) * len(config.depths))
+    tree = jax.eval_shape(VSSM(one_each).init, jax.random.key(0), images)
+    return tuple(
+        _weight(path, leaf.shape, config)
+        for first, leaf in _flatten(tree).items()
+        for path in _every_block(first, config)
+    )
 
 
 def from_torch(state_dict: StateDict, config: VMambaConfig) -> Variables:
@@ -265,6 +270,16 @@ def _torch_module(modules: list[str], config: VMambaConfig) -> str:
     name = re.sub(r"^layers_(\d+)_blocks_(\d+)$", r"layers.\1.blocks.\2", name)
     name = re.sub(r"^layers_(\d+)_downsample$", r"layers.\1.downsample", name)
     return {"classifier_norm": "classifier.norm", "head": "classifier.head"}.get(name, name)
+
+
+def _every_block(path: tuple[str, ...], config: VMambaConfig) -> list[tuple[str, ...]]:
+    """The paths of a leaf of a stage's first block in all the stage's blocks."""
+    collection, module, *rest = path
+    match = re.fullmatch(r"layers_(\d+)_blocks_0", module)
+    if match is None:
+        return [path]
+    stage = int(match[1])
+    return [(collection, f"layers_{stage}_blocks_{j}", *rest) for j in range(config.depths[stage])]
 
 
 def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:
