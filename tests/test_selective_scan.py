@@ -93,6 +93,29 @@ def test_every_gradient_equals_the_reference(implementation, dtype, states, reve
         assert relative_error(actual[name], expected[name]) < tolerance, name
 
 
+def test_gradients_equal_finite_differences_in_float64(implementation):
+    inputs = make_inputs(13, 3, batch=1)
+    rng = np.random.default_rng(1)
+    probe = rng.normal(size=inputs["u"].shape)
+
+    @jit
+    @jax.grad
+    def gradients(arrays):
+        y = selective_scan(**arrays, implementation=implementation)
+        return (y * jnp.asarray(probe, jnp.float32)).sum()
+
+    actual = gradients(in_dtype(inputs, jnp.float32))
+    for name in ARGUMENTS:
+        direction = rng.normal(size=inputs[name].shape)
+        ahead, behind = (
+            (recurrence(**{**inputs, name: inputs[name] + step * direction}) * probe).sum()
+            for step in (1e-6, -1e-6)
+        )
+        slope = (np.asarray(actual[name], np.float64) * direction).sum()
+        scale = np.linalg.norm(actual[name]) * np.linalg.norm(direction)
+        assert abs(slope - (ahead - behind) / 2e-6) < 1e-5 * scale, name
+
+
 def test_bfloat16_output_is_within_rounding_of_float32(implementation):
     inputs = in_dtype(make_inputs(131, 16), jnp.bfloat16)
     wide = {k: v.astype(jnp.float32) for k, v in inputs.items()}
