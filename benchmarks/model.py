@@ -64,7 +64,8 @@ class Peer:
 
     def ask(self, **request: Any) -> float:
         """Runs one request; returns its seconds."""
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()

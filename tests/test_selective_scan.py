@@ -54,7 +54,7 @@ def relative_error(actual, expected):
     return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=["reference", "sequential", "associative"])
 def implementation(request):
     return request.param
 
@@ -91,6 +91,29 @@ def test_every_gradient_equals_the_reference(implementation, dtype, states, reve
     for name in ARGUMENTS:
         assert actual[name].dtype == inputs[name].dtype, name
         assert relative_error(actual[name], expected[name]) < tolerance, name
+
+
+def test_gradients_equal_finite_differences_in_float64(implementation):
+    inputs = make_inputs(13, 3, batch=1)
+    rng = np.random.default_rng(1)
+    probe = rng.normal(size=inputs["u"].shape)
+
+    @jit
+    @jax.grad
+    def gradients(arrays):
+        y = selective_scan(**arrays, implementation=implementation)
+        return (y * jnp.asarray(probe, jnp.float32)).sum()
+
+    actual = gradients(in_dtype(inputs, jnp.float32))
+    for name in ARGUMENTS:
+        direction = rng.normal(size=inputs[name].shape)
+        ahead, behind = (
+            (recurrence(**{**inputs, name: inputs[name] + step * direction}) * probe).sum()
+            for step in (1e-6, -1e-6)
+        )
+        slope = (np.asarray(actual[name], np.float64) * direction).sum()
+        scale = np.linalg.norm(actual[name]) * np.linalg.norm(direction)
+        assert abs(slope - (ahead - behind) / 2e-6) < 1e-5 * scale, name
 
 
 def test_bfloat16_output_is_within_rounding_of_float32(implementation):
@@ -146,9 +169,10 @@ def test_skip_and_bias_are_optional(implementation):
     assert relative_error(actual, recurrence(**inputs)) < 3e-6
 
 
-def test_default_is_sequential_on_cpu_and_associative_on_accelerators():
+def test_each_platform_has_a_default():
     assert default_implementation() == "sequential"
-    assert default_implementation("gpu") == default_implementation("tpu") == "associative"
+    assert default_implementation("gpu") == "associative"
+    assert default_implementation("tpu") == "pallas_tpu"
 
 
 def test_an_unknown_implementation_names_the_closest():

@@ -6,6 +6,7 @@ the way, so u, delta, B, C and y cross HBM once each and nothing else does. The 
 `vmamba_jax.ops._chunked`: it keeps the state entering each chunk and visits the chunks backwards.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, PartitionSpec
 
 from vmamba_jax.ops._chunked import chunk_length
 from vmamba_jax.ops._discretise import softplus_and_slope
@@ -26,8 +28,6 @@ class _Static(NamedTuple):
     delta_softplus: bool
     reverse: bool
     interpret: bool
-    steps: int  # of a chunk
-    lanes: int  # channels of a block
 
 
 def selective_scan(
@@ -44,67 +44,91 @@ def selective_scan(
 ) -> Float[Array, "B L K C"]:
     """See `vmamba_jax.ops.selective_scan`; `interpret` runs the kernels without a TPU, slowly.
 
+    Under `jax.set_mesh`, each device scans its part of the batch, split over all axes of the mesh.
+
     Raises:
         NotImplementedError: for routes that don't tile a register's 8 rows.
     """
-    batch, length, routes, channels = u.shape
+    routes = u.shape[2]
     if ROWS % routes:
-        raise NotImplementedError(f"{routes} routes do not divide {ROWS} rows")
-    together = ROWS // routes  # batch elements that share a register's rows
-    lanes = next((c for c in (512, 384, 256, 128) if channels % c == 0), channels)
-    steps = chunk_length(length, min(64, max(8, STATES // (A.shape[-1] * ROWS * lanes))))
-    static = _Static(delta_softplus, reverse, interpret, steps, lanes)
+        raise NotImplementedError(f"{routes} routes do not divide a register's {ROWS} rows")
 
-    def rows(a: Array) -> Array:  # (B, L, K, X) -> (L, B K, X), padded to whole blocks
-        after = (0, -length % steps)
-        pads = ((0, -batch % together), after[::-1] if reverse else after, (0, 0), (0, 0))
-        a = jnp.pad(a, pads).swapaxes(0, 1)
-        return a.reshape(a.shape[0], -1, a.shape[-1])
+    def wide(a: Array | None) -> Array:
+        return jnp.zeros(u.shape[2:]) if a is None else a.astype(jnp.float32)
 
-    def tiled(a: Array | None) -> Array:  # (..., K, C) -> (..., 8, C) float32
-        a = jnp.zeros((routes, channels)) if a is None else a.astype(jnp.float32)
-        return jnp.concatenate([a] * together, axis=-2)
-
-    y = _scan(
-        rows(u),
-        rows(delta),
-        rows(B),
-        rows(C),
-        tiled(jnp.moveaxis(A, -1, 0)),
-        tiled(D),
-        tiled(delta_bias),
-        static,
-    )
-    y = y[-length:] if reverse else y[:length]
-    return y.reshape(length, -1, routes, channels).swapaxes(0, 1)[:batch]
+    static = _Static(delta_softplus, reverse, interpret)
+    weights = (jnp.moveaxis(wide(A), -1, 0), wide(D), wide(delta_bias))
+    return _scan(u, delta, B, C, *weights, static)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _scan(u, delta, b, c, a, skip, bias, static: _Static) -> Float[Array, "L J C"]:
-    return _forward(u, delta, b, c, a, skip, bias, static, keep=False)[0]
+def _scan(u, delta, b, c, a, skip, bias, static: _Static) -> Float[Array, "B L K C"]:
+    return _over_batch(partial(_run_forward, static=static, keep=False), "b l k c")(
+        u, delta, b, c, a, skip, bias
+    )
 
 
-def _forward(u, delta, b, c, a, skip, bias, static: _Static, keep: bool = True):
+def _forward(u, delta, b, c, a, skip, bias, static: _Static):
+    arguments = (u, delta, b, c, a, skip, bias)
+    run = partial(_run_forward, static=static, keep=True)
+    y, entering = _over_batch(run, "b l k c, b z n k c")(*arguments)
+    return y, (*arguments, entering)
+
+
+def _backward(static: _Static, residuals, dy):
+    per_step = "b l k c, b l k c, b l k n, b l k n"
+    run = _over_batch(
+        partial(_run_backward, static=static), per_step + ", b n k c, b k c, b k c", more=True
+    )
+    *gradients, da, dskip, dbias = run(*residuals, dy)
+    return *gradients, da.sum(axis=0), dskip.sum(axis=0), dbias.sum(axis=0)
+
+
+_scan.defvjp(_forward, _backward)
+
+
+def _over_batch(function: Callable[..., Any], results: str, more: bool = False):
+    """Splits the batch over the mesh in context: XLA can't look into a kernel to do it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    split = PartitionSpec(tuple(name for name, kind in kinds if kind != AxisType.Manual))
+    if not split[0]:
+        return function
+    arguments = "b l k c, b l k c, b l k n, b l k n, n k c, k c, k c"
+    arguments += ", b z n k c, b l k c" * more
+
+    def specs(of: str) -> tuple[PartitionSpec, ...]:
+        return tuple(split if "b" in axes else PartitionSpec() for axes in of.split(","))
+
+    out = specs(results)
+    return jax.shard_map(
+        function,
+        in_specs=specs(arguments),
+        out_specs=out if len(out) > 1 else out[0],
+        check_vma=False,
+    )
+
+
+def _run_forward(u, delta, b, c, a, skip, bias, *, static: _Static, keep: bool):
     at = _Blocks(u.shape, a.shape[0], static, backwards=static.reverse)
-    outputs = [at.wide(u.dtype)] + [at.entering()] * keep
     y, *entering = pl.pallas_call(
         partial(_forward_kernel, static=static),
         grid=at.grid,
         in_specs=[at.wide_spec, at.wide_spec, at.narrow_spec, at.narrow_spec, *at.weight_specs],
         out_specs=[at.wide_spec] + [at.entering_spec] * keep,
-        out_shape=outputs,
+        out_shape=[at.wide(u.dtype)] + [at.entering()] * keep,
         scratch_shapes=[pltpu.VMEM(at.state, jnp.float32)],
         compiler_params=_SEQUENTIAL,
         interpret=static.interpret,
         name="selective_scan",
-    )(u, delta, b, c, a, skip, bias)
-    return y, (u, delta, b, c, a, skip, bias, *entering)
+    )(*map(at.rows, (u, delta, b, c)), *map(at.tiled, (a, skip, bias)))
+    y = at.positions(y)
+    return (y, at.routes(entering[0])) if keep else y
 
 
-def _backward(static: _Static, residuals, dy):
-    u, delta, b, c, a, skip, bias, entering = residuals
+def _run_backward(u, delta, b, c, a, skip, bias, entering, dy, *, static: _Static):
     at = _Blocks(u.shape, a.shape[0], static, backwards=not static.reverse)
-    du, ddelta, db, dc, *weights = pl.pallas_call(
+    du, ddelta, db, dc, da, dskip, dbias = pl.pallas_call(
         partial(_backward_kernel, static=static),
         grid=at.grid,
         in_specs=[
@@ -120,17 +144,21 @@ def _backward(static: _Static, residuals, dy):
         out_shape=[at.wide(u.dtype), at.wide(delta.dtype), at.partial(), at.partial(), *at.sums()],
         scratch_shapes=[
             pltpu.VMEM(at.state, jnp.float32),
-            pltpu.VMEM((static.steps, *at.state), jnp.float32),
+            pltpu.VMEM((at.steps, *at.state), jnp.float32),
         ],
         compiler_params=_SEQUENTIAL,
         interpret=static.interpret,
         name="selective_scan_gradient",
-    )(u, delta, b, c, a, skip, bias, entering, dy)
-    db, dc = (d.sum(axis=0).astype(of.dtype) for d, of in ((db, b), (dc, c)))
-    return du, ddelta, db, dc, *(w.sum(axis=0) for w in weights)
+    )(
+        *map(at.rows, (u, delta, b, c)),
+        *map(at.tiled, (a, skip, bias)),
+        at.rows_of_routes(entering),
+        at.rows(dy),
+    )
+    db, dc = (at.positions(d.sum(axis=0)).astype(b.dtype) for d in (db, dc))
+    per_element = (at.routes(w) for w in (da, dskip, dbias))
+    return at.positions(du), at.positions(ddelta), db, dc, *per_element
 
-
-_scan.defvjp(_forward, _backward)
 
 _SEQUENTIAL = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
@@ -139,10 +167,18 @@ class _Blocks:
     """Shapes and blocks; the grid is (rows, channels, chunks), chunks last and in order."""
 
     def __init__(self, shape: tuple[int, ...], states: int, static: _Static, backwards: bool):
-        self.length, self.rows, self.channels = shape
-        self.states, self.steps, self.lanes = states, static.steps, static.lanes
-        chunks = self.length // self.steps
-        self.grid = (self.rows // ROWS, self.channels // self.lanes, chunks)
+        self.batch, self.steps_in_all, self.route_count, self.channels = shape
+        self.together = ROWS // self.route_count  # batch elements that share a register's rows
+        self.reverse = static.reverse
+        self.states = states
+        divisors = (c for c in (512, 384, 256, 128) if self.channels % c == 0)
+        self.lanes = next(divisors, self.channels)
+        longest = min(64, max(ROWS, STATES // (states * ROWS * self.lanes)))
+        self.steps = chunk_length(self.steps_in_all, longest)
+        chunks = -(-self.steps_in_all // self.steps)
+        self.length = chunks * self.steps
+        self.row_count = -(-self.batch // self.together) * ROWS
+        self.grid = (self.row_count // ROWS, self.channels // self.lanes, chunks)
         self.state = (states, ROWS, self.lanes)
 
         def chunk(z: Any) -> Any:
@@ -157,25 +193,54 @@ class _Blocks:
             *[block((ROWS, lanes), lambda r, c, z: (0, c))] * 2,
         ]
         self.entering_spec = block((None, states, ROWS, lanes), lambda r, c, z: (chunk(z), 0, r, c))
-        # One part of dB and dC a block of channels, of the others a block of rows: added outside.
+        # dB and dC come in one part for each block of channels, to be added outside.
         self.partial_spec = block((None, steps, ROWS, states), lambda r, c, z: (c, chunk(z), r, 0))
         self.sum_specs = [
-            block((None, states, ROWS, lanes), lambda r, c, z: (r, 0, 0, c)),
-            *[block((None, ROWS, lanes), lambda r, c, z: (r, 0, c))] * 2,
+            block((states, ROWS, lanes), lambda r, c, z: (0, r, c)),
+            *[block((ROWS, lanes), lambda r, c, z: (r, c))] * 2,
         ]
 
+    def rows(self, a: Array) -> Array:
+        """``(B, L, K, X) -> (L, B K, X)``, padded to whole chunks and registers."""
+        after = (0, self.length - self.steps_in_all)
+        more = self.row_count // self.route_count - self.batch
+        # The padding is scanned last.
+        pads = ((0, more), after[::-1] if self.reverse else after, (0, 0), (0, 0))
+        return jnp.pad(a, pads).swapaxes(0, 1).reshape(self.length, self.row_count, a.shape[-1])
+
+    def positions(self, a: Array) -> Array:
+        """Undoes `rows`."""
+        a = a[-self.steps_in_all :] if self.reverse else a[: self.steps_in_all]
+        a = a.reshape(self.steps_in_all, -1, self.route_count, a.shape[-1])
+        return a.swapaxes(0, 1)[: self.batch]
+
+    def routes(self, a: Array) -> Array:
+        """``(..., B K, C) -> (B, ..., K, C)``."""
+        a = a.reshape(*a.shape[:-2], -1, self.route_count, self.channels)
+        return jnp.moveaxis(a, -3, 0)[: self.batch]
+
+    def rows_of_routes(self, a: Array) -> Array:
+        """Undoes `routes`."""
+        more = self.row_count // self.route_count - self.batch
+        a = jnp.moveaxis(jnp.pad(a, [(0, more)] + [(0, 0)] * (a.ndim - 1)), 0, -3)
+        return a.reshape(*a.shape[:-3], self.row_count, self.channels)
+
+    def tiled(self, a: Array) -> Array:
+        """``(..., K, C) -> (..., 8, C)``."""
+        return jnp.concatenate([a] * self.together, axis=-2)
+
     def wide(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.length, self.rows, self.channels), dtype)
+        return jax.ShapeDtypeStruct((self.length, self.row_count, self.channels), dtype)
 
     def entering(self) -> jax.ShapeDtypeStruct:
-        return _float32(self.grid[2], self.states, self.rows, self.channels)
+        return _float32(self.grid[2], self.states, self.row_count, self.channels)
 
     def partial(self) -> jax.ShapeDtypeStruct:
-        return _float32(self.grid[1], self.length, self.rows, self.states)
+        return _float32(self.grid[1], self.length, self.row_count, self.states)
 
     def sums(self) -> list[jax.ShapeDtypeStruct]:
-        weight = _float32(self.grid[0], ROWS, self.channels)
-        return [_float32(self.grid[0], self.states, ROWS, self.channels), weight, weight]
+        weight = _float32(self.row_count, self.channels)
+        return [_float32(self.states, self.row_count, self.channels), weight, weight]
 
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -184,6 +249,7 @@ def _float32(*shape: int) -> jax.ShapeDtypeStruct:
 
 def _forward_kernel(u, delta, b, c, a, skip, bias, y, *entering_and_h, static: _Static):
     *entering, h = entering_and_h
+    steps = u.shape[0]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -193,7 +259,7 @@ def _forward_kernel(u, delta, b, c, a, skip, bias, y, *entering_and_h, static: _
         kept[...] = h[...]
 
     def step(i, _):
-        t = static.steps - 1 - i if static.reverse else i
+        t = steps - 1 - i if static.reverse else i
         u_t, size, _ = _at(t, u, delta, bias, static)
         b_t, c_t = (x[t].astype(jnp.float32) for x in (b, c))
         y_t = skip[...] * u_t
@@ -204,7 +270,7 @@ def _forward_kernel(u, delta, b, c, a, skip, bias, y, *entering_and_h, static: _
         y[t] = y_t.astype(y.dtype)
         return 0
 
-    jax.lax.fori_loop(0, static.steps, step, 0)
+    jax.lax.fori_loop(0, steps, step, 0)
 
 
 def _backward_kernel(
@@ -213,7 +279,7 @@ def _backward_kernel(
     after, before, *, static: _Static,
 ):  # fmt: skip
     """`before` holds the chunk's states; `after` the gradient arriving from later chunks."""
-    states = range(a.shape[0])
+    steps, states = u.shape[0], range(a.shape[0])
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -221,7 +287,7 @@ def _backward_kernel(
             ref[...] = jnp.zeros_like(ref)
 
     def recompute(i, _):
-        t = static.steps - 1 - i if static.reverse else i
+        t = steps - 1 - i if static.reverse else i
         previous = t + 1 if static.reverse else t - 1
         u_t, size, _ = _at(previous, u, delta, bias, static)
         b_t = b[previous].astype(jnp.float32)
@@ -230,11 +296,11 @@ def _backward_kernel(
             before[t, n] = decay * before[previous, n] + size * u_t * b_t[:, n : n + 1]
         return 0
 
-    before[static.steps - 1 if static.reverse else 0] = entering[...]
-    jax.lax.fori_loop(1, static.steps, recompute, 0)
+    before[steps - 1 if static.reverse else 0] = entering[...]
+    jax.lax.fori_loop(1, steps, recompute, 0)
 
     def retreat(i, _):
-        t = i if static.reverse else static.steps - 1 - i
+        t = i if static.reverse else steps - 1 - i
         u_t, size, slope = _at(t, u, delta, bias, static)
         b_t, c_t, dy_t = (x[t].astype(jnp.float32) for x in (b, c, dy))
         column = jax.lax.broadcasted_iota(jnp.int32, b_t.shape, 1)
@@ -263,7 +329,7 @@ def _backward_kernel(
         dbias[...] += ddelta_t
         return 0
 
-    jax.lax.fori_loop(0, static.steps, retreat, 0)
+    jax.lax.fori_loop(0, steps, retreat, 0)
 
 
 def _at(t, u, delta, bias, static: _Static) -> tuple[Array, Array, Array]:

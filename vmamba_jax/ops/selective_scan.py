@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vmamba_jax._closest import closest
-from vmamba_jax.ops import _associative, _reference, _sequential
+from vmamba_jax.ops import _associative, _pallas_tpu, _reference, _sequential
 from vmamba_jax.typing import Array, Float
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = MappingProxyType(
@@ -15,16 +15,24 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = MappingProxyType(
         "reference": _reference.selective_scan,
         "sequential": _sequential.selective_scan,
         "associative": _associative.selective_scan,
+        "pallas_tpu": _pallas_tpu.selective_scan,
     }
 )
 """Name -> implementation; one that can't serve an input raises NotImplementedError."""
 
-_DEFAULTS = {"cpu": "sequential", "gpu": "associative", "tpu": "associative"}
+_DEFAULTS = {"cpu": "sequential", "gpu": "associative", "tpu": "pallas_tpu"}
+_ONLY_ON = {"pallas_tpu": "tpu"}
 
 
 def default_implementation(platform: str | None = None) -> str:
     """The best implementation for a platform (``"cpu"``, ``"gpu"``, ``"tpu"``; None: this one)."""
-    return _DEFAULTS.get(platform or jax.default_backend(), "associative")
+    return _DEFAULTS.get(platform or _platform(), "associative")
+
+
+def _platform() -> str:
+    """That of `jax.default_device`, which may be one to compile for and not here, or JAX's own."""
+    device = jax.config.jax_default_device
+    return device if isinstance(device, str) else getattr(device, "platform", jax.default_backend())
 
 
 def selective_scan(
@@ -80,11 +88,17 @@ def selective_scan(
             raise ValueError(f"unknown implementation {name!r}." + closest(name, IMPLEMENTATIONS))
     refusals = []
     for name in names:
+        if _ONLY_ON.get(name, _platform()) != _platform():
+            refusals.append(f"{name}: runs on {_ONLY_ON[name]}, this is {_platform()}")
+            continue
         try:
             return IMPLEMENTATIONS[name](u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
-    raise NotImplementedError("no implementation can serve this scan. " + "; ".join(refusals))
+    others = [name for name in IMPLEMENTATIONS if name not in (*names, *_ONLY_ON)]
+    raise NotImplementedError(
+        f"no implementation can serve this scan. {'; '.join(refusals)}. Here run: {others}"
+    )
 
 
 def _check_shapes(
