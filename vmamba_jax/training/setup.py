@@ -22,6 +22,7 @@ from vmamba_jax.data import (
     train_iterator,
 )
 from vmamba_jax.models.vssm import VSSM
+from vmamba_jax.ops.selective_scan import default_implementation
 from vmamba_jax.registry import model_config
 from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
@@ -50,15 +51,20 @@ def open_sources(config: DataConfig) -> Sources:
     return sources
 
 
-def build_model(config: ModelConfig, *, num_classes: int, image_size: int) -> VSSM:
-    """The model that a run trains; no parameters are made."""
+def build_model(config: ModelConfig, *, num_classes: int, image_size: int, mesh: Mesh) -> VSSM:
+    """The model that a run trains, scanning as suits the mesh's devices; no parameters are made."""
     architecture = model_config(config.name).replace(
         num_classes=num_classes,
         imgsize=image_size,
         drop_path_rate=config.drop_path_rate,
         use_checkpoint=config.use_checkpoint,
     )
-    return VSSM(architecture, dtype=jnp.dtype(config.dtype))
+    platform = mesh.devices.flat[0].platform
+    return VSSM(
+        architecture,
+        scan_implementation=default_implementation(platform),
+        dtype=jnp.dtype(config.dtype),
+    )
 
 
 def build_augment(config: DataConfig, num_classes: int, accumulation_steps: int = 1) -> Augment:
@@ -138,7 +144,7 @@ def build_learner(config: RunConfig, *, num_classes: int, mesh: Mesh) -> Learner
     """Builds model, optimizer and update; needs neither data nor the mesh's devices."""
     size = config.data.image_size
     image_shape = (size, size, 3)
-    model = build_model(config.model, num_classes=num_classes, image_size=size)
+    model = build_model(config.model, num_classes=num_classes, image_size=size, mesh=mesh)
     params = abstract_variables(model, image_shape)["params"]
     optimizer = make_optimizer(config.optimizer, model.config)
     steps, ema_decay = config.optimizer.accumulation_steps, config.optimizer.ema_decay
