@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -62,7 +63,9 @@ def _weights(run: Path) -> dict[str, Any]:
     """Every array of the last checkpoint, as the bytes on disk decode to."""
     folder = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
     with ocp.StandardCheckpointer() as reader:
-        return {item: reader.restore(folder / item) for item in ("variables", "ema")}
+        return {
+            item: jax.device_get(reader.restore(folder / item)) for item in ("variables", "ema")
+        }
 
 
 @pytest.fixture(scope="module")

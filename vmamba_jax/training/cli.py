@@ -10,19 +10,21 @@ from rich.console import Console
 
 from vmamba_jax._closest import closest
 from vmamba_jax.checkpoint import CheckpointError
-from vmamba_jax.training.config import PRESETS, RunConfig
-from vmamba_jax.training.loop import RunError, train
+from vmamba_jax.training.config import PRESETS, EvalConfig, RunConfig
+from vmamba_jax.training.loop import RunError, evaluate_run, train
 from vmamba_jax.training.report import NotFiniteError
+from vmamba_jax.training.throughput import ThroughputConfig, measure_throughput
 from vmamba_jax.training.topology import CompileConfig, TopologyError, compile_for_topology
 
 Config = TypeVar("Config", bound=RunConfig)
 
-_COMMANDS = ("train", "compile")
+_COMMANDS = ("train", "eval", "throughput", "compile")
 _DESCRIPTION = f"""Train a VMamba.
 
 python train.py [COMMAND] [PRESET] [OPTIONS]
 
-Commands: train (the default); compile, which tells whether a run fits a TPU.
+Commands: train (the default); eval, the held-out accuracy of a run or of pretrained weights;
+throughput, in images per second; compile, which tells whether a run fits a TPU.
 Presets: {", ".join(PRESETS)}. Without arguments: train digits, in a few minutes.
 The same command again goes on where a run stopped.
 """
@@ -41,11 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments[:1] and arguments[0] in _COMMANDS else "train"
     console = Console(highlight=False)
     try:
+        if command == "throughput":
+            measure_throughput(_parse(ThroughputConfig, command, arguments), console)
+            return 0
         if command == "compile":
             compile_for_topology(_parse(CompileConfig, command, arguments), console)
             return 0
-        result = train(_parse(RunConfig, command, arguments), console)
-    except (ValueError, RunError, NotFiniteError, CheckpointError, TopologyError) as error:
+        if command == "eval":
+            config = _parse(EvalConfig, command, arguments)
+            result = evaluate_run(config, console, which=config.step)
+        else:
+            result = train(_parse(RunConfig, command, arguments), console)
+    except (ValueError, OSError, RunError, NotFiniteError, CheckpointError, TopologyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if result is not None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from vmamba_jax.convert.pretrained import load_pretrained
 from vmamba_jax.data import (
     BatchIterator,
     DigitsTransform,
@@ -28,6 +29,7 @@ from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
 from vmamba_jax.training.state import TrainState, abstract_variables, make_state
 from vmamba_jax.training.step import Augment, Batch, TrainStep, make_train_step
+from vmamba_jax.typing import Variables
 
 
 class Sources(NamedTuple):
@@ -119,6 +121,19 @@ def held_out_batches(config: DataConfig, source: ImageSource) -> BatchIterator:
         process_count=jax.process_count(),
         worker_count=config.workers,
         damaged_is_fatal=config.damaged_is_fatal,
+    )
+
+
+def starting_weights(config: RunConfig, model: VSSM) -> Variables:
+    """The weights that `config.init_from` names, with a new head where the classes differ.
+
+    Raises:
+        CheckpointError: if there are none, or they are of another model.
+    """
+    source = config.init_from
+    assert source is not None
+    return load_pretrained(
+        True if source == "released" else source, model.config, config.model.name, config.seed
     )
 
 
