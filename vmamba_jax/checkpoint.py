@@ -13,6 +13,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -61,7 +62,8 @@ class Checkpoints:
                 best_fn=lambda metrics: metrics["accuracy"],
                 # A save that was cut short leaves a temporary folder behind.
                 cleanup_tmp_directories=not read_only,
-                read_only=read_only,
+                create=not read_only,
+                save_root_metadata=not read_only,
             ),
         )
 
@@ -198,17 +200,44 @@ class Checkpoints:
                 + (f" of step {step}" if step is not None else "")
                 + f" (found: {found})"
             )
+        for item in ("variables", "ema"):
+            if item in items:
+                self._check_same_model(step, item, items[item].item)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} can't be read for this model: {reason}. "
-                "Either it belongs to another model or the file is damaged; choose another step "
-                "or another folder"
+                "Its files are damaged or of another optimizer; choose another step or folder"
             ) from error
 
+    def _check_same_model(self, step: int, item: str, wanted: PyTree) -> None:
+        """Compares names and shapes before anything is read, for a message that names them."""
+        metadata = self._manager.item_metadata(step)[item]
+        if metadata is None:
+            raise CheckpointError(f"checkpoint {self.folder / str(step)} has no item {item!r}")
+        saved, asked = (
+            {
+                jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
+            for tree in (metadata, wanted)
+        )
+        problems = [
+            f"{name} is {saved.get(name, 'missing')} there and {asked.get(name, 'missing')} here"
+            for name in sorted(saved.keys() | asked.keys())
+            if saved.get(name) != asked.get(name)
+        ]
+        if problems:
+            raise CheckpointError(
+                f"checkpoint {self.folder / str(step)} is of another model: "
+                + "; ".join(problems[:4])
+                + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+            )
+
     def _write_error(self, error: Exception) -> CheckpointError:
+        self._manager.reload()  # it has forgotten what it meant to delete after this save
         latest = self.latest_step
         kept = "no earlier one exists" if latest is None else f"step {latest} is intact"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

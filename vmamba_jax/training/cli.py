@@ -1,21 +1,32 @@
 """The command line behind train.py: which command, which preset, one clear error."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import TypeVar
 
 import tyro
 from rich.console import Console
 
 from vmamba_jax._closest import closest
 from vmamba_jax.checkpoint import CheckpointError
-from vmamba_jax.training.config import PRESETS, RunConfig
-from vmamba_jax.training.loop import RunError, train
+from vmamba_jax.training.config import PRESETS, EvalConfig, RunConfig
+from vmamba_jax.training.loop import RunError, evaluate_run, train
 from vmamba_jax.training.report import NotFiniteError
+from vmamba_jax.training.throughput import ThroughputConfig, measure_throughput
+from vmamba_jax.training.topology import CompileConfig, TopologyError, compile_for_topology
 
+Config = TypeVar("Config", bound=RunConfig)
+
+_COMMANDS = ("train", "eval", "throughput", "compile")
 _DESCRIPTION = f"""Train a VMamba.
 
-python train.py [PRESET] [OPTIONS]; without arguments: handwritten digits, in a few minutes.
-Presets: {", ".join(PRESETS)}. The same command again goes on where a run stopped.
+python train.py [COMMAND] [PRESET] [OPTIONS]
+
+Commands: train (the default); eval, the held-out accuracy of a run or of pretrained weights;
+throughput, in images per second; compile, which tells whether a run fits a TPU.
+Presets: {", ".join(PRESETS)}. Without arguments: train digits, in a few minutes.
+The same command again goes on where a run stopped.
 """
 
 
@@ -29,22 +40,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, or 1 after an error message.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    preset = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "digits"
+    command = arguments.pop(0) if arguments[:1] and arguments[0] in _COMMANDS else "train"
     console = Console(highlight=False)
     try:
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}." + closest(preset, PRESETS))
-        config = tyro.cli(
-            RunConfig,
-            args=arguments,
-            default=PRESETS[preset],
-            prog=f"train.py {preset}",
-            description=_DESCRIPTION,
-        )
-        result = train(config, console)
-    except (ValueError, RunError, NotFiniteError, CheckpointError) as error:
+        if command == "throughput":
+            measure_throughput(_parse(ThroughputConfig, command, arguments), console)
+            return 0
+        if command == "compile":
+            compile_for_topology(_parse(CompileConfig, command, arguments), console)
+            return 0
+        if command == "eval":
+            config = _parse(EvalConfig, command, arguments)
+            result = evaluate_run(config, console, which=config.step)
+        else:
+            result = train(_parse(RunConfig, command, arguments), console)
+    except (ValueError, OSError, RunError, NotFiniteError, CheckpointError, TopologyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if result is not None:
         print(f"held-out accuracy {100 * result.accuracy:.2f}%")
     return 0
+
+
+def _parse(kind: type[Config], command: str, arguments: list[str]) -> Config:
+    """Reads ``[PRESET] [OPTIONS]``; the preset gives the options' defaults."""
+    preset, options = "digits", arguments
+    if arguments and not arguments[0].startswith("-"):
+        preset, *options = arguments
+    if preset not in PRESETS:
+        raise ValueError(
+            f"unknown command or preset {preset!r}." + closest(preset, (*_COMMANDS, *PRESETS))
+        )
+    recipe = PRESETS[preset]
+    default = kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
+    return tyro.cli(
+        kind,
+        args=options,
+        default=default,
+        prog=f"train.py {command} {preset}",
+        description=_DESCRIPTION,
+    )

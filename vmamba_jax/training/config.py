@@ -78,6 +78,9 @@ class RunConfig:
         run: folder of the run: checkpoints, metrics, pictures. A run found there is resumed.
         epochs: passes over the training images.
         seed: decides initial weights, order and augmentation.
+        init_from: start from these weights: a PyTorch or safetensors file, a converted model's
+            folder or address, or ``released`` for what was released of the model. A head for
+            other classes starts anew.
         save_every: updates between checkpoints; 0 saves once an epoch.
         eval_every: epochs between evaluations.
         keep: how many of the latest checkpoints are kept, beside the best one.
@@ -93,6 +96,7 @@ class RunConfig:
     run: Path = Path("runs/digits")
     epochs: float = 15.0
     seed: int = 0
+    init_from: str | None = None
     save_every: int = 0
     eval_every: int = 1
     keep: int = 3
@@ -103,6 +107,17 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig(RunConfig):
+    """A run to evaluate.
+
+    Attributes:
+        step: which checkpoint: ``latest``, ``best`` or the number of an update.
+    """
+
+    step: str = "latest"
 
 
 def _imagenet(size: str, name: str, drop_path_rate: float) -> RunConfig:
@@ -135,6 +150,28 @@ PRESETS: dict[str, RunConfig] = {
     "imagenet-tiny": _imagenet("tiny", "vmamba_tiny_s1l8", 0.2),
     "imagenet-small": _imagenet("small", "vmamba_small_s1l20", 0.3),
     "imagenet-base": _imagenet("base", "vmamba_base_s1l20", 0.5),
+    "finetune": RunConfig(
+        run=Path("runs/finetune"),
+        epochs=30.0,
+        init_from="released",
+        model=ModelConfig("vmamba_tiny_s1l8", drop_path_rate=0.1),
+        data=DataConfig(
+            kind="image_folder",
+            root=Path("data/photos"),
+            image_size=224,
+            batch_size=64,
+            eval_batch_size=64,
+            augmentation="light",
+            eval_crop=224 / 256,
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3,
+            min_learning_rate=1e-5,
+            warmup_epochs=3.0,
+            ema_decay=0.0,
+            layer_decay=0.75,
+        ),
+    ),
 }
 """The recipes that can be named on the command line; `digits` is the default."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from vmamba_jax.checkpoint import Checkpoints
+from vmamba_jax.checkpoint import CheckpointError, Checkpoints
 from vmamba_jax.data import ImageSource, batches_per_epoch
 from vmamba_jax.training.config import RunConfig, differences, from_json, to_json
 from vmamba_jax.training.evaluate import Evaluation, evaluate
@@ -27,10 +27,11 @@ from vmamba_jax.training.setup import (
     held_out_batches,
     identity_of,
     open_sources,
+    starting_weights,
     train_batches,
 )
-from vmamba_jax.training.sharding import check_batch_size, make_mesh, put_batch
-from vmamba_jax.training.state import TrainState, abstract_state, create_state
+from vmamba_jax.training.sharding import check_batch_size, make_mesh, put_batch, replicated
+from vmamba_jax.training.state import TrainState, abstract_state, create_state, with_weights
 from vmamba_jax.training.step import EvalStep, make_eval_step
 
 _PROFILED = (10, 15)
@@ -46,7 +47,8 @@ class RunError(RuntimeError):
 def train(config: RunConfig, console: Console | None = None) -> Evaluation | None:
     """Trains a model, or goes on with a run that was interrupted.
 
-    The state comes from the run's own latest checkpoint if there is one, else from the seed.
+    The state comes from the first of: the run's own latest checkpoint, `config.init_from`, the
+    seed.
 
     Args:
         config: the run.
@@ -92,6 +94,8 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
             state = checkpoints.restore(abstract_state(learner.init, mesh), data_iterator=batches)
         else:
             state = create_state(learner.init, mesh)
+            if config.init_from is not None:
+                state = with_weights(state, starting_weights(config, learner.model))
         _announce(console, config, learner, sources, start, total)
         if primary:
             (config.run / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
@@ -146,6 +150,56 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
         if jax.process_count() == 1:
             _draw(config, sources.val, eval_step, state, mesh, console)
         return result
+
+
+def evaluate_run(
+    config: RunConfig, console: Console | None = None, *, which: str = "latest"
+) -> Evaluation:
+    """Evaluates a run's weights, or those of `config.init_from` where there is no run.
+
+    Args:
+        config: the run.
+        console: where progress is shown; standard output by default.
+        which: ``"latest"``, ``"best"`` or the number of a checkpoint.
+
+    Raises:
+        DataError: if the images can't be used.
+        RunError: if the folder holds another run.
+        CheckpointError: if there are no such weights, or they can't be read.
+    """
+    console = console or Console()
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.data.eval_batch_size, mesh)
+    sources = open_sources(config.data)
+    learner = build_learner(config, num_classes=len(sources.train.class_names), mesh=mesh)
+    abstract = abstract_state(learner.init, mesh)
+    folder = config.run / "checkpoints"
+    with jax.set_mesh(mesh):
+        if config.init_from is not None and not folder.exists():
+            variables = jax.device_put(starting_weights(config, learner.model), replicated(mesh))
+            console.print(f"weights: {config.init_from}", soft_wrap=True)
+        elif folder.exists():
+            with Checkpoints(folder, read_only=True) as checkpoints:
+                named = {"latest": checkpoints.latest_step, "best": checkpoints.best_step}
+                step = named[which] if which in named else int(which)
+                _check_same_run(config, checkpoints.config(step))
+                variables = checkpoints.restore_weights(
+                    abstract.variables, average=abstract.ema is not None, step=step
+                )
+            console.print(f"weights: {folder}, update {step}", soft_wrap=True)
+        else:
+            raise CheckpointError(
+                f"{folder} does not exist: train first, or name weights with --init-from"
+            )
+        eval_step = make_eval_step(learner.model, mesh)
+        with closing(held_out_batches(config.data, sources.val)) as batches:
+            result = evaluate(eval_step, variables, batches, mesh)
+    console.print(
+        f"{result.images} images: loss {result.loss:.4f}, top-1 {100 * result.accuracy:.2f}%, "
+        f"top-5 {100 * result.accuracy_top5:.2f}%",
+        soft_wrap=True,
+    )
+    return result
 
 
 def _check_same_run(config: RunConfig, saved: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from vmamba_jax.convert.pretrained import load_pretrained
 from vmamba_jax.data import (
     BatchIterator,
     DigitsTransform,
@@ -22,11 +23,13 @@ from vmamba_jax.data import (
     train_iterator,
 )
 from vmamba_jax.models.vssm import VSSM
+from vmamba_jax.ops.selective_scan import default_implementation
 from vmamba_jax.registry import model_config
 from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
 from vmamba_jax.training.state import TrainState, abstract_variables, make_state
 from vmamba_jax.training.step import Augment, Batch, TrainStep, make_train_step
+from vmamba_jax.typing import Variables
 
 
 class Sources(NamedTuple):
@@ -50,15 +53,20 @@ def open_sources(config: DataConfig) -> Sources:
     return sources
 
 
-def build_model(config: ModelConfig, *, num_classes: int, image_size: int) -> VSSM:
-    """The model that a run trains; no parameters are made."""
+def build_model(config: ModelConfig, *, num_classes: int, image_size: int, mesh: Mesh) -> VSSM:
+    """The model that a run trains, scanning as suits the mesh's devices; no parameters are made."""
     architecture = model_config(config.name).replace(
         num_classes=num_classes,
         imgsize=image_size,
         drop_path_rate=config.drop_path_rate,
         use_checkpoint=config.use_checkpoint,
     )
-    return VSSM(architecture, dtype=jnp.dtype(config.dtype))
+    platform = mesh.devices.flat[0].platform
+    return VSSM(
+        architecture,
+        scan_implementation=default_implementation(platform),
+        dtype=jnp.dtype(config.dtype),
+    )
 
 
 def build_augment(config: DataConfig, num_classes: int, accumulation_steps: int = 1) -> Augment:
@@ -116,6 +124,19 @@ def held_out_batches(config: DataConfig, source: ImageSource) -> BatchIterator:
     )
 
 
+def starting_weights(config: RunConfig, model: VSSM) -> Variables:
+    """The weights that `config.init_from` names, with a new head where the classes differ.
+
+    Raises:
+        CheckpointError: if there are none, or they are of another model.
+    """
+    source = config.init_from
+    assert source is not None
+    return load_pretrained(
+        True if source == "released" else source, model.config, config.model.name, config.seed
+    )
+
+
 class Learner(NamedTuple):
     """What learns, before any array is made.
 
@@ -138,7 +159,7 @@ def build_learner(config: RunConfig, *, num_classes: int, mesh: Mesh) -> Learner
     """Builds model, optimizer and update; needs neither data nor the mesh's devices."""
     size = config.data.image_size
     image_shape = (size, size, 3)
-    model = build_model(config.model, num_classes=num_classes, image_size=size)
+    model = build_model(config.model, num_classes=num_classes, image_size=size, mesh=mesh)
     params = abstract_variables(model, image_shape)["params"]
     optimizer = make_optimizer(config.optimizer, model.config)
     steps, ema_decay = config.optimizer.accumulation_steps, config.optimizer.ema_decay

@@ -1,0 +1,134 @@
+"""Checkpoints: other device counts, what is kept, and what a failed save costs."""
+
+import dataclasses
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny import CONFIG, SHAPE
+
+from vmamba_jax.checkpoint import CheckpointError, Checkpoints
+from vmamba_jax.models import VSSM
+from vmamba_jax.training.optimizer import OptimizerConfig, make_optimizer
+from vmamba_jax.training.sharding import MeshConfig, make_mesh
+from vmamba_jax.training.state import TrainState, abstract_state, create_state, make_state
+
+_OPTIMIZER = make_optimizer(OptimizerConfig(), CONFIG)
+_INIT = make_state(VSSM(CONFIG), _OPTIMIZER, image_shape=SHAPE, seed=3, ema=True)
+
+
+class _Position:
+    """Stands for a data iterator."""
+
+    def __init__(self, next_batch: int = 0) -> None:
+        self.state: dict[str, Any] = {"next_batch": next_batch}
+
+    def get_state(self) -> dict[str, Any]:
+        return self.state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+@pytest.fixture(scope="module")
+def state() -> TrainState:
+    """A fresh state over all eight devices, half of them sharing the parameters."""
+    return create_state(_INIT, make_mesh(MeshConfig(2, 4)))
+
+
+def _at(state: TrainState, step: int) -> TrainState:
+    return dataclasses.replace(state, step=jax.device_put(np.int32(step), state.step.sharding))
+
+
+def _save(checkpoints: Checkpoints, state: TrainState, step: int, **others: Any) -> None:
+    checkpoints.save(_at(state, step), data_iterator=_Position(step), config={}, **others)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 4), (1, 1)])
+def test_a_state_saved_on_eight_devices_is_restored_on_fewer(
+    data: int, fsdp: int, state: TrainState, tmp_path: Path
+) -> None:
+    mesh = make_mesh(MeshConfig(data, fsdp), jax.devices()[: data * fsdp])
+    position = _Position()
+    with Checkpoints(tmp_path) as checkpoints:
+        _save(checkpoints, state, 7)
+        checkpoints.wait()
+        restored = checkpoints.restore(abstract_state(_INIT, mesh), data_iterator=position)
+    assert position.state == {"next_batch": 7}
+    expected = jax.tree.leaves(_at(state, 7))
+    for ours, theirs in zip(jax.tree.leaves(restored), expected, strict=True):
+        assert len(ours.sharding.device_set) == data * fsdp
+        if jax.dtypes.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)  # noqa: PLW2901
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_the_latest_and_the_best_are_kept(state: TrainState, tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, 0.6)):
+            _save(checkpoints, state, step, accuracy=accuracy)
+        checkpoints.wait()
+        assert checkpoints.best_step == 2
+        assert checkpoints.latest_step == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5"]
+
+
+def test_a_save_that_was_cut_short_is_cleared_away(state: TrainState, tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        _save(checkpoints, state, 1)
+    cut_short = tmp_path / "2.orbax-checkpoint-tmp"
+    (cut_short / "variables").mkdir(parents=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step == 1
+        _save(checkpoints, state, 2)
+        checkpoints.wait()
+        assert checkpoints.latest_step == 2
+    assert not cut_short.exists()
+
+
+# Orbax raises in its own threads too, beside the error that reaches us.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_costs_no_earlier_checkpoint(state: TrainState, tmp_path: Path) -> None:
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN  # writes fail instead of killing us
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        _save(checkpoints, state, 1)
+        checkpoints.wait()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            with pytest.raises(CheckpointError, match="step 1 is intact"):  # noqa: PT012
+                _save(checkpoints, state, 2)
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.latest_step == 1
+        mesh = make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+        restored = checkpoints.restore(abstract_state(_INIT, mesh))
+        assert int(restored.step) == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused(state: TrainState, tmp_path: Path) -> None:
+    other = CONFIG.replace(dims=(16,))
+    optimizer = make_optimizer(OptimizerConfig(), other)
+    init = make_state(VSSM(other), optimizer, image_shape=SHAPE, seed=0, ema=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        _save(checkpoints, state, 1)
+        checkpoints.wait()
+        with pytest.raises(
+            CheckpointError,
+            match=r"another model.*params/head/kernel is \(32, 10\) there and \(16, 10\) here",
+        ):
+            checkpoints.restore(abstract_state(init, make_mesh(MeshConfig())))
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(CheckpointError, match="no complete checkpoint of step 9"),
+    ):
+        checkpoints.config(step=9)

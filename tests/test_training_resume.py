@@ -1,0 +1,107 @@
+"""A run that was stopped or killed goes on as if nothing had happened, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from vmamba_jax.training.metrics import read_rows
+
+# Six epochs of 29 updates, with checkpoints that do not fall on their ends.
+_OPTIONS = ["--epochs=6", "--eval-every=6", "--save-every=23", "--log-every=1"]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One device, as most people have, and programs compiled once for all processes here."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def _start(run: Path, environment: dict[str, str], *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tiny", "train", f"--run={run}", *_OPTIONS, *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _finish(run: Path, environment: dict[str, str], *options: str) -> str:
+    process = _start(run, environment, *options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def _wait_for(run: Path, process: subprocess.Popen[str], step: int) -> None:
+    """Until that update is on record."""
+    while not any(row["step"] >= step for row in read_rows(run)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def _losses(run: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_rows(run) if "loss" in row]
+
+
+def _weights(run: Path) -> dict[str, Any]:
+    """Every array of the last checkpoint, as the bytes on disk decode to."""
+    folder = max((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    with ocp.StandardCheckpointer() as reader:
+        return {
+            item: jax.device_get(reader.restore(folder / item)) for item in ("variables", "ema")
+        }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted")
+    _finish(run, environment)
+    return run
+
+
+def _assert_same_run(run: Path, reference: Path) -> None:
+    assert _losses(run) == _losses(reference)
+    np.testing.assert_equal(_weights(run), _weights(reference))
+
+
+def test_a_run_stopped_by_sigterm_is_saved_and_resumes_exactly(
+    uninterrupted: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    process = _start(tmp_path, environment)
+    _wait_for(tmp_path, process, 33)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "stopped by SIGTERM after update" in output
+    last = _losses(tmp_path)[-1][0]
+    assert 33 <= last < 174
+    assert f"resuming {tmp_path} after update {last} of 174" in _finish(tmp_path, environment)
+    _assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_killed_run_resumes_exactly_from_its_last_checkpoint(
+    uninterrupted: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    process = _start(tmp_path, environment)
+    _wait_for(tmp_path, process, 60)
+    process.kill()
+    process.communicate(timeout=120)
+    output = _finish(tmp_path, environment)
+    assert "resuming" in output
+    _assert_same_run(tmp_path, uninterrupted)
