@@ -10,17 +10,17 @@ from vmamba_jax import create_model
 SMALL = {"depths": (3,), "dims": (8,), "image_size": 16}
 
 
-@pytest.mark.parametrize("use_checkpoint", [False, True])
-def test_looped_blocks_give_the_same_logits_and_gradients(use_checkpoint):
+def test_looped_blocks_give_the_same_logits_and_gradients():
     model, variables = create_model(
-        "vmamba_digits", drop_path_rate=0.0, use_checkpoint=use_checkpoint, **SMALL
+        "vmamba_digits", drop_path_rate=0.0, use_checkpoint=True, **SMALL
     )
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
 
     def loss(variables, model):
         return (model.apply(variables, images, train=True) ** 2).sum()
 
-    step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    quick = {"xla_backend_optimization_level": 0}
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=quick)
     expected = step(variables, model)
     actual = step(variables, model.clone(scan_blocks=True))
     for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
