@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,7 +29,8 @@ class VSSBlock(nn.Module):
     Attributes:
         config: the architecture.
         stage: index of the stage, which sets channels and ranks.
-        drop_path: rate at which a sample skips a branch in training (stochastic depth).
+        drop_path: rate at which a sample skips a branch in training (stochastic depth); a traced
+            number when the blocks of a stage run in a loop.
         scan_implementation: see `vmamba_jax.ops.selective_scan`.
         dtype: compute dtype.
         param_dtype: dtype of the parameters.
@@ -36,7 +38,7 @@ class VSSBlock(nn.Module):
 
     config: VMambaConfig
     stage: int = 0
-    drop_path: float = 0.0
+    drop_path: float | Array = 0.0
     scan_implementation: str | Sequence[str] | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -54,9 +56,7 @@ class VSSBlock(nn.Module):
                 if config.post_norm
                 else branch(normalise(x), train)  # pyright: ignore[reportCallIssue]
             )
-            # One draw a sample.
-            skip = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3), deterministic=not train)
-            return x + skip(y)
+            return x + self._drop_path(y, train)
 
         if config.ssm_ratio > 0:
             ss2d = SS2D(
@@ -81,6 +81,14 @@ class VSSBlock(nn.Module):
             x = residual(x, mlp, "norm2")
         return x
 
+    def _drop_path(self, y: FeatureMap, train: bool) -> FeatureMap:
+        rate = self.drop_path
+        if not train or (isinstance(rate, float) and rate == 0):
+            return y
+        keep = jnp.asarray(1 - rate, y.dtype)
+        drawn = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (y.shape[0], 1, 1, 1))
+        return jnp.where(drawn, y / keep, jnp.zeros_like(y))
+
 
 class VSSM(nn.Module):
     """VMamba (Liu et al., "VMamba: Visual State Space Model", 2024).
@@ -91,12 +99,16 @@ class VSSM(nn.Module):
         dtype: compute dtype; the selective scan's state, the normalisations' statistics and the
             classifier stay float32.
         param_dtype: dtype of the parameters.
+        scan_blocks: run the blocks of a stage in a loop, so that they compile once. The parameters
+            are the same ones and are stacked on the fly, a copy a call; random draws differ. Not
+            with BatchNorm.
     """
 
     config: VMambaConfig
     scan_implementation: str | Sequence[str] | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    scan_blocks: bool = False
 
     @nn.compact
     def __call__(
@@ -149,20 +161,19 @@ class VSSM(nn.Module):
             x = x + jnp.broadcast_to(pos_embed.astype(self.dtype), x.shape)
 
         # Each block skips a little more often than the one before it.
-        drop_path = iter(np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist())
+        drop_path = np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist()
         block_type = nn.remat(VSSBlock, static_argnums=(2,)) if config.use_checkpoint else VSSBlock
         maps = []
         for i, depth in enumerate(config.depths):
-            for j in range(depth):
-                block = block_type(
-                    config,
-                    i,
-                    next(drop_path),
-                    self.scan_implementation,
-                    name=f"layers_{i}_blocks_{j}",
-                    **dtypes,
-                )
-                x = block(x, train)
+            rates = drop_path[sum(config.depths[:i]) :][:depth]
+            if self.scan_blocks and depth > 1 and not self.is_initializing():
+                x = self._loop(x, i, rates, train)
+            else:
+                for j, rate in enumerate(rates):
+                    name = f"layers_{i}_blocks_{j}"
+                    x = block_type(config, i, rate, self.scan_implementation, name=name, **dtypes)(
+                        x, train
+                    )
             maps.append(x)
             if out_indices is not None and i == max(out_indices, default=-1):
                 break
@@ -190,6 +201,35 @@ class VSSM(nn.Module):
         Call as ``model.apply(variables, images, out_indices=(0, 3), method="features")``.
         """
         return self(images, train, out_indices)  # pyright: ignore[reportReturnType]
+
+    def _loop(self, x: FeatureMap, stage: int, rates: list[float], train: bool) -> FeatureMap:
+        """The blocks of a stage as one, with the parameters of each in turn."""
+        if self.config.norm_layer == "bn":
+            raise ValueError("scan_blocks needs norm_layer 'ln' or 'ln2d': statistics can't loop")
+        params = self.variables["params"]
+        each = [params[f"layers_{stage}_blocks_{j}"] for j in range(len(rates))]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        random = train and self.has_rng("dropout")
+        keys = jax.random.split(self.make_rng("dropout"), len(rates)) if random else None
+
+        def block(x: FeatureMap, now: tuple) -> tuple[FeatureMap, None]:
+            params, rate, key = now
+            module = VSSBlock(
+                self.config,
+                stage,
+                rate if any(rates) else 0.0,
+                self.scan_implementation,
+                parent=None,
+                **dtypes_of(self),
+            )
+            rngs = None if key is None else {"dropout": key}
+            y = module.apply({"params": params}, x, train, rngs=rngs)
+            return y, None  # pyright: ignore[reportReturnType]
+
+        if self.config.use_checkpoint:
+            block = jax.checkpoint(block)
+        x, _ = jax.lax.scan(block, x, (stacked, jnp.asarray(rates, jnp.float32), keys))
+        return x
 
     def _downsample(self, x: FeatureMap, stage: int, train: bool) -> ResampledMap:
         config = self.config
