@@ -112,12 +112,14 @@ def test_tpu_compiler_takes_the_kernels_on_a_mesh(tpus, shape, dtype):
     with jax.set_mesh(mesh):
         lowered = step.lower(_pallas_tpu.selective_scan, arguments, dy, True, False)
     compiled = lowered.compile()
-    text = compiled.as_text()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
     assert text.count("tpu_custom_call") >= 2
     assert "all-gather" not in text
     # No (B, L, K, C, N) array: at d_state 16 that alone is 16 times u.
     u = 4 * np.prod(shape[1:4])
-    assert compiled.memory_analysis().temp_size_in_bytes < 12 * u
+    assert memory.temp_size_in_bytes < 12 * u
 
 
 def test_without_a_tpu_the_error_names_what_runs():

@@ -1,7 +1,9 @@
 """Every implementation of the selective scan against the plain recurrence in NumPy float64."""
 
+import inspect
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +45,7 @@ def recurrence(u, delta, A, B, C, D, delta_bias, *, softplus=True, reverse=False
     return y
 
 
-def in_dtype(inputs, dtype):
+def in_dtype(inputs, dtype) -> dict[str, Any]:
     """u, delta, B and C in `dtype`; the weights stay float32."""
     low = ("u", "delta", "B", "C")
     return {k: jnp.asarray(v, dtype if k in low else jnp.float32) for k, v in inputs.items()}
@@ -198,4 +200,4 @@ def test_names_are_tried_in_turn(monkeypatch):
 def test_shapes_that_do_not_fit_are_named():
     arrays = in_dtype(make_inputs(4, 2), jnp.float32)
     with pytest.raises(ValueError, match=r"B must be \(2, 4, 2, 2\)"):
-        selective_scan.__wrapped__(**{**arrays, "B": arrays["B"][..., :1]})
+        inspect.unwrap(selective_scan)(**{**arrays, "B": arrays["B"][..., :1]})

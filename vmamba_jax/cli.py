@@ -142,7 +142,8 @@ def classify(
             progress.advance(task)
             if result.error is not None:
                 _err.print(
-                    f"[red]unreadable:[/red] {_escape(result.path)}: {_escape(result.error)}"
+                    f"[red]unreadable:[/red] {_escape(result.path)}: {_escape(result.error)}",
+                    soft_wrap=True,
                 )
     if json_:
         print(json.dumps([as_json(result) for result in results], indent=1))

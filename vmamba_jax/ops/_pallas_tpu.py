@@ -104,7 +104,7 @@ def _over_batch(function: Callable[..., Any], results: str, more: bool = False):
     return jax.shard_map(
         function,
         in_specs=specs(arguments),
-        out_specs=out if len(out) > 1 else out[0],
+        out_specs=out if "," in results else out[0],  # pyright: ignore[reportGeneralTypeIssues]
         check_vma=False,
     )
 

@@ -4,6 +4,9 @@ On a CPU, XLA's grouped convolution takes 33 ns an element (3x3, float32) and it
 that; this sum takes 1 to 1.5 ns. The derivative is written out for the same reason.
 """
 
+from functools import reduce
+from operator import add
+
 import jax
 import jax.numpy as jnp
 
@@ -53,10 +56,10 @@ def _correlate(x: Array, kernel: Array, padding: int) -> Array:
     height, width = (side - size + 1 for side in padded.shape[1:3])
     # Each kernel row sums over whole map rows first, which are then shifted against each other.
     rows = [
-        sum(padded[:, i : i + height, j : j + width] * taps[i, j] for j in range(size))
+        reduce(add, (padded[:, i : i + height, j : j + width] * taps[i, j] for j in range(size)))
         for i in range(size)
     ]
-    return sum(rows).astype(x.dtype)
+    return reduce(add, rows).astype(x.dtype)
 
 
 def _pad(x: Array, by: int) -> Array:

@@ -31,7 +31,7 @@ def default_implementation(platform: str | None = None) -> str:
 
 def _platform() -> str:
     """That of `jax.default_device`, which may be one to compile for and not here, or JAX's own."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return device if isinstance(device, str) else getattr(device, "platform", jax.default_backend())
 
 
