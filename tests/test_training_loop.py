@@ -2,15 +2,24 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from vmamba_jax.checkpoint import Checkpoints
 from vmamba_jax.config import VMambaConfig
-from vmamba_jax.registry import register_model
+from vmamba_jax.convert import save_model
+from vmamba_jax.models import VSSM
+from vmamba_jax.registry import model_config, register_model
 from vmamba_jax.training.cli import main
 from vmamba_jax.training.metrics import read_rows
+from vmamba_jax.training.state import abstract_variables
 
 # Small enough to compile in seconds: one block over 4x4 patches.
 register_model(
@@ -37,6 +46,23 @@ _SMALL = [
 
 def _train(run: Path, *options: str) -> int:
     return main([*_SMALL, f"--run={run}", *options])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every call of `main` jits anew; the programs are the same ones."""
+    settings: dict[str, Any] = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +135,64 @@ def test_another_run_in_the_folder_is_refused_and_kept(
 def test_an_unknown_preset_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["imagenet-tyni"]) == 1
     assert "Did you mean 'imagenet-tiny'" in capfd.readouterr().err
+
+
+def test_a_run_that_diverges_stops_with_a_message_and_an_intact_checkpoint(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--epochs=40", "--log-every=1", "--max-skipped=4", "--optimizer.clip-norm=0"]
+    assert _train(tmp_path, *options, "--optimizer.learning-rate=1e36") == 1
+    error = capfd.readouterr().err
+    assert "not finite in the last 4 updates" in error
+    assert "optimizer.learning-rate" in error
+    losses = [row["loss"] for row in read_rows(tmp_path) if "loss" in row]
+    assert np.count_nonzero(np.isnan(losses)) >= 4
+
+
+def test_a_finished_run_can_be_evaluated_by_itself(
+    finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*_SMALL, f"--run={finished}", "--epochs=3", "--step=latest"]
+    assert main(["eval", *arguments]) == 0
+    last = capfd.readouterr().out.strip().splitlines()[-1]
+    recorded = [row["accuracy"] for row in read_rows(finished) if "accuracy" in row][-1]
+    assert last == f"held-out accuracy {100 * recorded:.2f}%"
+    assert main(["eval", *_SMALL, f"--run={finished / 'nothing'}"]) == 1
+    assert "train first" in capfd.readouterr().err
+
+
+def test_throughput_reports_forward_and_backward(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--images=8", "--warmup=1", "--timed=1", "--num-classes=10"]
+    assert main(["throughput", "--model.name=one_block", *options]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert ["img/s" in line for line in lines] == [True, True]
+
+
+def test_fine_tuning_starts_from_a_saved_model_with_other_classes(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = model_config("one_block").replace(num_classes=7)
+    variables = VSSM(config).init(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))
+    save_model(tmp_path / "seven", cast(Any, variables), config)
+    options = ["--epochs=2", "--log-every=1", f"--init-from={tmp_path / 'seven'}"]
+    assert _train(tmp_path / "run", *options, "--optimizer.head-only") == 0
+    assert "starting from" in capfd.readouterr().out
+    with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        model = VSSM(config.replace(num_classes=10))
+        abstract = abstract_variables(model, (32, 32, 3))
+        tuned = checkpoints.restore_weights(abstract, average=False)
+    np.testing.assert_array_equal(
+        tuned["params"]["patch_embed"]["conv1"]["kernel"],
+        variables["params"]["patch_embed"]["conv1"]["kernel"],
+    )
+    assert tuned["params"]["head"]["kernel"].shape == (16, 10)
+
+
+def test_weights_of_another_model_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = model_config("one_block").replace(dims=(8,))
+    variables = VSSM(config).init(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))
+    save_model(tmp_path / "other", cast(Any, variables), config)
+    assert _train(tmp_path / "run", "--epochs=2", f"--init-from={tmp_path / 'other'}") == 1
+    assert "another architecture" in capfd.readouterr().err

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
+import jax
 import tyro
 from rich.console import Console
 
@@ -13,12 +14,18 @@ from vmamba_jax.checkpoint import CheckpointError
 from vmamba_jax.training.config import PRESETS, EvalConfig, RunConfig
 from vmamba_jax.training.loop import RunError, evaluate_run, train
 from vmamba_jax.training.report import NotFiniteError
+from vmamba_jax.training.sharding import join_processes
 from vmamba_jax.training.throughput import ThroughputConfig, measure_throughput
 from vmamba_jax.training.topology import CompileConfig, TopologyError, compile_for_topology
 
 Config = TypeVar("Config", bound=RunConfig)
 
-_COMMANDS = ("train", "eval", "throughput", "compile")
+_COMMANDS: dict[str, type[RunConfig]] = {
+    "train": RunConfig,
+    "eval": EvalConfig,
+    "throughput": ThroughputConfig,
+    "compile": CompileConfig,
+}
 _DESCRIPTION = f"""Train a VMamba.
 
 python train.py [COMMAND] [PRESET] [OPTIONS]
@@ -43,21 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments[:1] and arguments[0] in _COMMANDS else "train"
     console = Console(highlight=False)
     try:
-        if command == "throughput":
-            measure_throughput(_parse(ThroughputConfig, command, arguments), console)
-            return 0
-        if command == "compile":
-            compile_for_topology(_parse(CompileConfig, command, arguments), console)
-            return 0
-        if command == "eval":
-            config = _parse(EvalConfig, command, arguments)
-            result = evaluate_run(config, console, which=config.step)
-        else:
-            result = train(_parse(RunConfig, command, arguments), console)
+        config = _parse(_COMMANDS[command], command, arguments)
+        join_processes(config.mesh)
+        match config:
+            case EvalConfig():
+                result = evaluate_run(config, console, which=config.step)
+            case ThroughputConfig():
+                measure_throughput(config, console)
+                return 0
+            case CompileConfig():
+                compile_for_topology(config, console)
+                return 0
+            case _:
+                result = train(config, console)
     except (ValueError, OSError, RunError, NotFiniteError, CheckpointError, TopologyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if result is not None:
+    if result is not None and jax.process_index() == 0:
         print(f"held-out accuracy {100 * result.accuracy:.2f}%")
     return 0
 

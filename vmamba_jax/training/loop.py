@@ -96,6 +96,7 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
             state = create_state(learner.init, mesh)
             if config.init_from is not None:
                 state = with_weights(state, starting_weights(config, learner.model))
+                console.print(f"starting from {config.init_from}", soft_wrap=True)
         _announce(console, config, learner, sources, start, total)
         if primary:
             (config.run / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")

@@ -20,15 +20,41 @@ _MIN_SHARDED_SIZE = 2**12
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """The shape of the device mesh.
+    """The shape of the device mesh, and the processes that it spans.
 
     Attributes:
         data: devices along "data", each holding all parameters; -1 takes what is left.
         fsdp: devices along "fsdp", which share the parameters among them.
+        coordinator: for a run of several processes, HOST:PORT of the first one, or ``auto`` to ask
+            the cluster (Slurm, Open MPI, Kubernetes, Cloud TPU).
+        process_count: how many processes there are; not needed with ``auto``.
+        process_index: which of them this is, from 0; not needed with ``auto``.
     """
 
     data: int = -1
     fsdp: int = 1
+    coordinator: str | None = None
+    process_count: int | None = None
+    process_index: int | None = None
+
+
+def join_processes(config: MeshConfig) -> None:
+    """Connects this process to the others of the run; must come before any other use of JAX.
+
+    Raises:
+        ValueError: if the address comes without the number of processes or this one's index.
+    """
+    if config.coordinator is None:
+        return
+    if config.coordinator == "auto":
+        jax.distributed.initialize()
+        return
+    if config.process_count is None or config.process_index is None:
+        raise ValueError(
+            f"mesh.coordinator {config.coordinator} also needs mesh.process-count and "
+            "mesh.process-index"
+        )
+    jax.distributed.initialize(config.coordinator, config.process_count, config.process_index)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

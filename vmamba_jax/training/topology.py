@@ -89,9 +89,8 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
     console.print(f"compiling for {mesh.size} chips of {config.topology}: takes some minutes")
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = learner.train_step.lower(  # pyright: ignore[reportFunctionMemberAccess]
-            state, batch, rate
-        )
+        train_step: Any = learner.train_step
+        lowered = train_step.lower(state, batch, rate)
         lowered_after = time.perf_counter() - start
         try:
             compiled = lowered.compile()
