@@ -50,7 +50,7 @@ def combinations():
             yield pytest.param(name, implementation, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "implementation"), combinations())
+@pytest.mark.parametrize(("name", "implementation"), list(combinations()))
 def test_small_model_equals_pytorch(name, implementation):
     golden = Golden("golden_small", name)
     variables = from_torch(golden.state_dict, golden.config)
