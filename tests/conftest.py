@@ -1,6 +1,8 @@
 """Strict settings for every test: dtype and rank promotion, warnings, shapes, eight CPU devices."""
 
 import os
+import tempfile
+from importlib.metadata import version
 
 # Before jax is imported: mesh tests need several devices, and eight fit any mesh shape.
 os.environ["XLA_FLAGS"] = (
@@ -8,8 +10,15 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_force_host_platform_device_count=8"
     # Tests compile far longer than they run; unoptimised machine code halves that.
     + " --xla_backend_optimization_level=0"
+    # The older code generator compiles in two thirds of the time; XLA aborts at unknown flags.
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Workers and the processes that tests start compile the same few programs: once is enough.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 from jaxtyping import install_import_hook

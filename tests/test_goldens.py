@@ -37,9 +37,9 @@ class Golden:
         return self.arrays[key]
 
 
-# These call the scan in the ways that differ most: many states, one, along rows then columns. The
-# other variants run with every implementation but the default under the marker only.
-SCANS = {"default", "v05_noz_ln2d", "cascade2d"}
+# Many states and one. The other variants run with every implementation but the default under the
+# marker only.
+SCANS = {"default", "v05_noz_ln2d"}
 
 
 def combinations(names, with_all):
@@ -116,14 +116,10 @@ def test_released_architecture_equals_pytorch(name, implementation):
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4, rtol=0)
 
 
-# Not reached yet: 2.6e-2. Strict, so that the day it is reached shows.
-TOO_FAR = {"vanilla_vmamba_tiny": pytest.mark.xfail(reason="2.6e-2, not 2e-2", strict=True)}
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=TOO_FAR.get(n, ())) for n in RELEASED])
+@pytest.mark.parametrize("name", RELEASED)
 def test_bfloat16_stays_close_to_pytorch_in_float32(name):
     golden = Golden("golden_released", name)
     variables = from_torch(golden.state_dict, golden.config)
-    model = VSSM(golden.config, dtype=jnp.bfloat16)
+    model = VSSM(golden.config, dtype=jnp.bfloat16, scan_blocks=True)  # compiles sooner
     error = np.asarray(jax.jit(model.apply)(variables, golden.images)) - golden["logits"]
     assert np.sqrt((error**2).mean()) < 2e-2 * golden["logits"].std()

@@ -191,9 +191,13 @@ def test_low_precision_computes_low_and_stores_high():
     model, images = VSSM(SMALL, dtype=jnp.bfloat16), draw(1, 16, 16, 3)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
-    features = functools.partial(model.apply, out_indices=(0,), method="features")
-    assert jax.eval_shape(features, variables, images)[0].dtype == jnp.bfloat16
-    assert jax.eval_shape(model.apply, variables, images).dtype == jnp.float32
+    watch = functools.partial(model.apply, capture_intermediates=True)
+    logits, state = jax.eval_shape(watch, variables, images)
+    seen = state["intermediates"]["layers_0_blocks_0"]
+    assert seen["op"]["in_proj"]["__call__"][0].dtype == jnp.bfloat16
+    assert seen["mlp"]["fc1"]["__call__"][0].dtype == jnp.bfloat16
+    # The residual stream sums up what every block adds.
+    assert seen["__call__"][0].dtype == logits.dtype == jnp.float32
 
 
 def test_linen_modules_serve_nnx():

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from vmamba_jax.checkpoint import Checkpoints
 from vmamba_jax.config import VMambaConfig
@@ -20,6 +18,8 @@ from vmamba_jax.registry import model_config, register_model
 from vmamba_jax.training.cli import main
 from vmamba_jax.training.metrics import read_rows
 from vmamba_jax.training.state import abstract_variables
+
+pytestmark = pytest.mark.xdist_group("training loop")  # its tests share a run
 
 # Small enough to compile in seconds: one block over 4x4 patches.
 register_model(
@@ -46,23 +46,6 @@ _SMALL = [
 
 def _train(run: Path, *options: str) -> int:
     return main([*_SMALL, f"--run={run}", *options])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every call of `main` jits anew; the programs are the same ones."""
-    settings: dict[str, Any] = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

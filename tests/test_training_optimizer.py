@@ -138,9 +138,9 @@ def test_head_only_moves_nothing_but_the_last_layer() -> None:
     params = jax.tree.map(jnp.asarray, variables["params"])
     optimizer = make_optimizer(OptimizerConfig(head_only=True), config)
     with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(
-            jax.tree.map(jnp.ones_like, params), optimizer.init(params), params, learning_rate=0.1
-        )
+        ones = jax.tree.map(jnp.ones_like, params)
+        state = jax.jit(optimizer.init)(params)
+        updates, state = jax.jit(optimizer.update)(ones, state, params, learning_rate=0.1)
     moved = {
         key for key, array in to_torch({"params": updates}, config).items() if np.any(array != 0)
     }

@@ -21,16 +21,20 @@ EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
 
 def gelu(x: Array) -> Array:
     """Exact GELU by erf, PyTorch's formula; JAX's, by erfc, takes twice as long on a CPU."""
-    wide = x.astype(jnp.float32)
-    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    return lambda x: function(x.astype(jnp.float32))
 
 
 activations: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": gelu,
-    "relu": jax.nn.relu,
-    "sigmoid": jax.nn.sigmoid,
+    "silu": _in_float32(jax.nn.silu),
+    "gelu": _in_float32(gelu),
+    "relu": _in_float32(jax.nn.relu),
+    "sigmoid": _in_float32(jax.nn.sigmoid),
 }
+"""Name -> activation; each computes and returns float32 whatever it is given."""
 
 # timm's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations away.
 linear_init = nn.initializers.normal(0.02)
@@ -93,26 +97,30 @@ def conv(
 
 
 def depthwise_conv(
-    features: int, kernel: int, *, use_bias: bool, dtype: Dtype, param_dtype: Dtype, name: str
+    features: int, kernel: int, *, use_bias: bool, param_dtype: Dtype, name: str
 ) -> nn.Conv:
-    """A convolution of each channel by itself; an odd kernel keeps the size of the map."""
+    """A convolution of each channel by itself, float32 out; an odd kernel keeps the map's size."""
     bound = 1 / kernel
     return nn.Conv(
         features,
         (kernel, kernel),
         feature_group_count=features,
         use_bias=use_bias,
-        dtype=dtype,
         param_dtype=param_dtype,
         kernel_init=uniform_init(bound),
         bias_init=uniform_init(bound),
-        conv_general_dilated=lambda x, kernel, *_, **__: ops.depthwise_conv(x, kernel[:, :, 0]),
+        # No matrix unit multiplies here: nothing needs rounding to the compute dtype.
+        promote_dtype=lambda *arrays, **_: list(arrays),
+        conv_general_dilated=lambda x, kernel, *_, **__: ops.depthwise_conv(
+            x,
+            jnp.asarray(kernel)[:, :, 0],  # converted weights may still be NumPy arrays
+        ),
         name=name,
     )
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels in float32, returned in the dtype of the input."""
+    """LayerNorm over the channels, in float32 whatever it is given."""
 
     epsilon: float = EPSILON
     # Two passes over the variance: the fast one cancels when the mean is large.
@@ -122,11 +130,11 @@ class LayerNorm(nn.LayerNorm):
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalises each position by itself; the shape stays."""
-        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+        return super().__call__(x.astype(jnp.float32))
 
 
 class BatchNorm(nn.BatchNorm):
-    """BatchNorm in float32, returned in the dtype of the input.
+    """BatchNorm, in float32 whatever it is given.
 
     Its running variance is the biased one; PyTorch's is unbiased.
     """
@@ -138,7 +146,7 @@ class BatchNorm(nn.BatchNorm):
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalises each channel; the shape stays."""
-        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+        return super().__call__(x.astype(jnp.float32))
 
 
 def norm(kind: str, train: bool, param_dtype: Dtype, name: str) -> LayerNorm | BatchNorm:

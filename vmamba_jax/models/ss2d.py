@@ -93,12 +93,14 @@ class SS2D(nn.Module):
         gate = None
         if variant.gate:
             x, gate = jnp.split(x, 2, axis=-1)
-            gate = act(gate) if variant.gate_act else gate
+            gate = act(gate) if variant.gate_act else gate.astype(jnp.float32)
         if d_conv > 1:
-            x = depthwise_conv(inner, d_conv, use_bias=conv_bias, name="conv2d", **dtypes)(x)
-        x = act(x)
+            x = depthwise_conv(
+                inner, d_conv, use_bias=conv_bias, name="conv2d", param_dtype=self.param_dtype
+            )(x)
+        x = act(x).astype(self.dtype)
         y = self._mamba2(x, channels) if variant.operator == "m0" else self._scan(x, channels)
-        y = self._out_norm(y, variant.out_norm).astype(self.dtype)
+        y = self._out_norm(y, variant.out_norm)
         y = activations["gelu"](y) if variant.out_act else y
         y = y if gate is None else y * gate
         y = dense(channels, use_bias=False, name="out_proj", **dtypes)(y)
@@ -168,7 +170,6 @@ class SS2D(nn.Module):
         )
 
     def _out_norm(self, y: FeatureMap, kind: str) -> FeatureMap:
-        dtypes = dtypes_of(self)
         if kind == "none":
             return y
         if kind == "sigmoid":
@@ -176,8 +177,12 @@ class SS2D(nn.Module):
         if kind == "softmax":
             return jax.nn.softmax(y, axis=(1, 2))  # over the positions, channel by channel
         if kind == "dwconv3":
-            return depthwise_conv(y.shape[-1], 3, use_bias=False, name="out_norm_conv", **dtypes)(y)
+            return depthwise_conv(
+                y.shape[-1], 3, use_bias=False, name="out_norm_conv", param_dtype=self.param_dtype
+            )(y)
         y = LayerNorm(param_dtype=self.param_dtype, name="out_norm")(y)
         if kind == "cnorm":
-            y = depthwise_conv(y.shape[-1], 3, use_bias=False, name="out_norm_conv", **dtypes)(y)
+            y = depthwise_conv(
+                y.shape[-1], 3, use_bias=False, name="out_norm_conv", param_dtype=self.param_dtype
+            )(y)
         return y

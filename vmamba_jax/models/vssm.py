@@ -1,6 +1,7 @@
 """VSSM, the VMamba network: patch embedding, stages of VSS blocks, classifier."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -56,7 +57,7 @@ class VSSBlock(nn.Module):
                 if config.post_norm
                 else branch(normalise(x), train)  # pyright: ignore[reportCallIssue]
             )
-            return x + self._drop_path(y, train)
+            return x + self._drop_path(y, train).astype(x.dtype)
 
         if config.ssm_ratio > 0:
             ss2d = SS2D(
@@ -96,8 +97,10 @@ class VSSM(nn.Module):
     Attributes:
         config: the architecture.
         scan_implementation: see `vmamba_jax.ops.selective_scan`.
-        dtype: compute dtype; the selective scan's state, the normalisations' statistics and the
-            classifier stay float32.
+        dtype: dtype in which the blocks multiply matrices and keep what the scan reads. All else
+            is float32, as under PyTorch's autocast: the residual stream and what writes it whole
+            (patch embedding, downsampling), normalisations, activations, gates, the state of the
+            scan, the classifier.
         param_dtype: dtype of the parameters.
         scan_blocks: run the blocks of a stage in a loop, so that they compile once. The parameters
             are the same ones and are stacked on the fly, a copy a call; random draws differ. Not
@@ -146,9 +149,9 @@ class VSSM(nn.Module):
             config.patchembed_version,
             config.patch_norm,
             config.norm_layer,
+            param_dtype=self.param_dtype,
             name="patch_embed",
-            **dtypes,
-        )(images.astype(self.dtype), train)
+        )(images.astype(jnp.float32), train)
         if config.posembed:
             side = config.imgsize // config.patch_size
             shape = (1, side, side, x.shape[-1])
@@ -158,7 +161,7 @@ class VSSM(nn.Module):
                     f"{x.shape[1]}x{x.shape[2]}: create the model with this image's size"
                 )
             pos_embed = self.param("pos_embed", linear_init, shape, self.param_dtype)
-            x = x + jnp.broadcast_to(pos_embed.astype(self.dtype), x.shape)
+            x = x + jnp.broadcast_to(pos_embed.astype(x.dtype), x.shape)
 
         # Each block skips a little more often than the one before it.
         drop_path = np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist()
@@ -233,16 +236,19 @@ class VSSM(nn.Module):
 
     def _downsample(self, x: FeatureMap, stage: int, train: bool) -> ResampledMap:
         config = self.config
-        features, name = config.stage_dims[stage + 1], f"layers_{stage}_downsample"
-        dtypes = dtypes_of(self)
-        match config.downsample_version:
-            case "v1":
-                return PatchMerging(features, config.norm_layer, name=name, **dtypes)(x, train)
-            case "v2":
-                return ConvDownsample(features, 2, config.norm_layer, name=name, **dtypes)(x, train)
-            case "v3":
-                return ConvDownsample(features, 3, config.norm_layer, name=name, **dtypes)(x, train)
-        return x
+        make = {
+            "v1": PatchMerging,
+            "v2": partial(ConvDownsample, kernel=2),
+            "v3": partial(ConvDownsample, kernel=3),
+        }.get(config.downsample_version)
+        if make is None:
+            return x
+        return make(
+            features=config.stage_dims[stage + 1],
+            norm_layer=config.norm_layer,
+            param_dtype=self.param_dtype,
+            name=f"layers_{stage}_downsample",
+        )(x, train)
 
 
 def _check_images(images: Array, config: VMambaConfig) -> None:

@@ -22,7 +22,7 @@ def depthwise_conv(x: FeatureMap, kernel: Float[Array, "S S C"]) -> Float[Array,
         kernel: S x S weights a channel; an odd S keeps the size of the map.
 
     Returns:
-        The convolved map in the dtype of `x`, summed in float32.
+        The convolved map in float32.
     """
     return _correlate(x, kernel, (kernel.shape[0] - 1) // 2)
 
@@ -59,7 +59,7 @@ def _correlate(x: Array, kernel: Array, padding: int) -> Array:
         reduce(add, (padded[:, i : i + height, j : j + width] * taps[i, j] for j in range(size)))
         for i in range(size)
     ]
-    return reduce(add, rows).astype(x.dtype)
+    return reduce(add, rows)
 
 
 def _pad(x: Array, by: int) -> Array:
