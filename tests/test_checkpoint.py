@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tiny import CONFIG, SHAPE
 
-from vmamba_jax.checkpoint import CheckpointError, Checkpoints
+from vmamba_jax.checkpoint import Checkpoints
+from vmamba_jax.errors import CheckpointError
 from vmamba_jax.models import VSSM
 from vmamba_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vmamba_jax.training.sharding import MeshConfig, make_mesh

@@ -17,15 +17,12 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from vmamba_jax.errors import CheckpointError
 from vmamba_jax.training.state import TrainState
 
 PyTree = Any
 
 _ARRAYS = ("variables", "ema", "training")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says which and what to do."""
 
 
 class Checkpoints:

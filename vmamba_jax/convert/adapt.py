@@ -3,7 +3,7 @@
 import numpy as np
 
 from vmamba_jax.convert.naming import Change
-from vmamba_jax.convert.torch_file import CheckpointError
+from vmamba_jax.errors import CheckpointError
 
 _HEAD = "classifier.head.weight", "classifier.head.bias"
 

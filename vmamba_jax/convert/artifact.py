@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vmamba_jax.config import VMambaConfig
-from vmamba_jax.convert.torch_file import CheckpointError
+from vmamba_jax.errors import CheckpointError
 from vmamba_jax.typing import Variables
 
 

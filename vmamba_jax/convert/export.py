@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from vmamba_jax.convert.torch_file import CheckpointError
+from vmamba_jax.errors import CheckpointError
 
 
 def save_safetensors(path: Path, state_dict: dict[str, np.ndarray]) -> None:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vmamba_jax.convert.torch_file import CheckpointError, Opaque
+from vmamba_jax.convert.torch_file import Opaque
+from vmamba_jax.errors import CheckpointError
 
 WeightChoice = Literal["auto", "model", "ema"]
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vmamba_jax.convert.torch_file import CheckpointError
+from vmamba_jax.errors import CheckpointError
 
 _ROUTES = 4  # K: every VMamba scans along four routes
 

@@ -28,7 +28,7 @@ from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.artifact import save_model
 from vmamba_jax.convert.mapping import from_torch
 from vmamba_jax.convert.source import read_weights, sha256
-from vmamba_jax.convert.torch_file import CheckpointError
+from vmamba_jax.errors import CheckpointError
 from vmamba_jax.typing import Variables
 
 _ATTEMPTS = 5

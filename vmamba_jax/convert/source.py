@@ -15,7 +15,8 @@ from vmamba_jax.convert.artifact import load_model
 from vmamba_jax.convert.layout import WeightChoice, find_weights
 from vmamba_jax.convert.mapping import from_torch, infer_config, to_torch
 from vmamba_jax.convert.naming import Change, standard_names
-from vmamba_jax.convert.torch_file import CheckpointError, load_torch_file
+from vmamba_jax.convert.torch_file import load_torch_file
+from vmamba_jax.errors import CheckpointError
 from vmamba_jax.typing import Variables
 
 

@@ -22,7 +22,7 @@ from typing import Any, cast
 import ml_dtypes
 import numpy as np
 
-__all__ = ["CheckpointError", "Opaque", "load_torch_file"]
+from vmamba_jax.errors import CheckpointError
 
 RESAVE = (
     "Re-save it where torch is installed: torch.save({'model': model.state_dict()}, 'weights.pth')"
@@ -50,10 +50,6 @@ _STORAGE_DTYPES = {
     "torch.LongStorage": np.dtype(np.int64),
     "torch.ShortStorage": np.dtype(np.int16),
 }
-
-
-class CheckpointError(ValueError):
-    """A weight file that can't be used; the message names the file, the fault and the remedy."""
 
 
 @dataclasses.dataclass(eq=False, slots=True, repr=False)

@@ -1,6 +1,7 @@
 """The selective scan one step after another (`lax.scan`): best on a CPU."""
 
 import jax
+import jax.numpy as jnp
 
 from vmamba_jax.ops._chunked import Plan, chunked_scan
 from vmamba_jax.typing import Array, Float
@@ -22,11 +23,15 @@ def selective_scan(
 
 
 def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> tuple[Array, Array]:
-    def advance(h: Array, now: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        after = now[0] * h + now[1]
-        return after, (h, after)
+    def advance(h: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+        h = now[0] * h + now[1]
+        return h, h
 
-    return jax.lax.scan(advance, start, (decay, drive), reverse=reverse)[1]
+    after = jax.lax.scan(advance, start, (decay, drive), reverse=reverse)[1]
+    # As a second result of the loop, the states before each step would cost a copy a step.
+    if reverse:
+        return jnp.concatenate([after[1:], start[None]]), after
+    return jnp.concatenate([start[None], after[:-1]]), after
 
 
 def _one_at_a_time(function):

@@ -10,7 +10,6 @@ import tyro
 from rich.console import Console
 
 from vmamba_jax._closest import closest
-from vmamba_jax.checkpoint import CheckpointError
 from vmamba_jax.training.config import PRESETS, EvalConfig, RunConfig
 from vmamba_jax.training.loop import RunError, evaluate_run, train
 from vmamba_jax.training.report import NotFiniteError
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 0
             case _:
                 result = train(config, console)
-    except (ValueError, OSError, RunError, NotFiniteError, CheckpointError, TopologyError) as error:
+    except (ValueError, OSError, RunError, NotFiniteError, TopologyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if result is not None and jax.process_index() == 0:

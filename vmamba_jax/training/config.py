@@ -22,12 +22,14 @@ class ModelConfig:
         drop_path_rate: stochastic depth of the last block; rises linearly from 0.
         use_checkpoint: recompute each block in the backward pass to save memory.
         dtype: precision of the computation; parameters and optimizer stay float32.
+        scan_blocks: run the blocks of a stage in a loop, which compiles much sooner.
     """
 
     name: str = "vmamba_digits"
     drop_path_rate: float = 0.0
     use_checkpoint: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
+    scan_blocks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from vmamba_jax.checkpoint import CheckpointError, Checkpoints
+from vmamba_jax.checkpoint import Checkpoints
 from vmamba_jax.data import ImageSource, batches_per_epoch
+from vmamba_jax.errors import CheckpointError
 from vmamba_jax.training.config import RunConfig, differences, from_json, to_json
 from vmamba_jax.training.evaluate import Evaluation, evaluate
 from vmamba_jax.training.interrupt import StopRequest

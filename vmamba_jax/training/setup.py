@@ -66,6 +66,7 @@ def build_model(config: ModelConfig, *, num_classes: int, image_size: int, mesh:
         architecture,
         scan_implementation=default_implementation(platform),
         dtype=jnp.dtype(config.dtype),
+        scan_blocks=config.scan_blocks,
     )
 
 

@@ -127,7 +127,7 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
         "lowering_seconds": round(lowered_after, 1),
         "compile_seconds": round(seconds - lowered_after, 1),
         "versions": {name: version(name) for name in ("jax", "libtpu", "flax", "optax")},
-        "config": to_json(config),
+        "config": to_json(dataclasses.replace(config, output=None)),
     }
     _print(report, console)
     if config.output is not None:
