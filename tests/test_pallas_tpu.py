@@ -62,16 +62,21 @@ def test_output_and_every_gradient_equal_the_reference(shape, reverse, dtype):
         assert error < tolerance
 
 
-def test_every_device_of_a_mesh_scans_its_part_of_the_batch():
+@pytest.mark.parametrize("batch", [4, 3])
+def test_every_device_of_a_mesh_scans_its_part_of_the_batch(batch):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    inputs = make_inputs(4, 9, 4, 5, 1)
+    inputs = make_inputs(batch, 9, 4, 5, 1)
     dy = jnp.ones_like(inputs[0])
-    by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    # A batch that can't be split is scanned whole by each.
+    split = ("data",) if batch % 2 == 0 else ()
+    by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (split, ()))
     layout = (by_batch, by_batch, whole, by_batch, by_batch, whole, whole)
     kernel = partial(_pallas_tpu.selective_scan, interpret=True)
     run = jit(output_and_gradients, static_argnums=(0, 3, 4))
     expected = run(kernel, inputs, dy, True, False)
-    actual = run(kernel, jax.device_put(inputs, layout), jax.device_put(dy, by_batch), True, False)
+    with jax.set_mesh(mesh):
+        inputs, dy = jax.device_put(inputs, layout), jax.device_put(dy, by_batch)
+        actual = run(kernel, inputs, dy, True, False)
     for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -79,7 +84,6 @@ def test_every_device_of_a_mesh_scans_its_part_of_the_batch():
 @pytest.fixture(scope="module")
 def tpus():
     """A v5e host's four chips, to compile for; none need be here."""
-    pytest.importorskip("libtpu")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "TPU_SKIP_MDS_QUERY": "1",
@@ -93,6 +97,7 @@ def tpus():
 
 
 # Stage 1 and stage 4 of the tiny model at 224 pixels, one image a chip; d_state 1 and 16.
+@pytest.mark.tpu
 @pytest.mark.parametrize("shape", [(4, 3136, 2, 96, 1), (4, 49, 2, 1536, 16)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_tpu_compiler_takes_the_kernels_on_a_mesh(tpus, shape, dtype):

@@ -6,6 +6,7 @@ the way, so u, delta, B, C and y cross HBM once each and nothing else does. The 
 `vmamba_jax.ops._chunked`: it keeps the state entering each chunk and visits the chunks backwards.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,23 +64,21 @@ def selective_scan(
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _scan(u, delta, b, c, a, skip, bias, static: _Static) -> Float[Array, "B L K C"]:
-    return _over_batch(partial(_run_forward, static=static, keep=False), "b l k c")(
-        u, delta, b, c, a, skip, bias
-    )
+    run = _over_batch(partial(_run_forward, static=static, keep=False), u.shape[0], "b l k c")
+    return run(u, delta, b, c, a, skip, bias)
 
 
 def _forward(u, delta, b, c, a, skip, bias, static: _Static):
     arguments = (u, delta, b, c, a, skip, bias)
     run = partial(_run_forward, static=static, keep=True)
-    y, entering = _over_batch(run, "b l k c, b z n k c")(*arguments)
+    y, entering = _over_batch(run, u.shape[0], "b l k c, b z n k c")(*arguments)
     return y, (*arguments, entering)
 
 
 def _backward(static: _Static, residuals, dy):
     per_step = "b l k c, b l k c, b l k n, b l k n"
-    run = _over_batch(
-        partial(_run_backward, static=static), per_step + ", b n k c, b k c, b k c", more=True
-    )
+    results = per_step + ", b n k c, b k c, b k c"
+    run = _over_batch(partial(_run_backward, static=static), dy.shape[0], results, more=True)
     *gradients, da, dskip, dbias = run(*residuals, dy)
     return *gradients, da.sum(axis=0), dskip.sum(axis=0), dbias.sum(axis=0)
 
@@ -87,13 +86,19 @@ def _backward(static: _Static, residuals, dy):
 _scan.defvjp(_forward, _backward)
 
 
-def _over_batch(function: Callable[..., Any], results: str, more: bool = False):
-    """Splits the batch over the mesh in context: XLA can't look into a kernel to do it."""
+def _over_batch(function: Callable[..., Any], batch: int, results: str, more: bool = False):
+    """Splits the batch over the mesh in context: XLA can't look into a kernel to do it.
+
+    A batch that the devices do not divide, such as the one image of an initialisation, is scanned
+    whole by each.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    split = PartitionSpec(tuple(name for name, kind in kinds if kind != AxisType.Manual))
-    if not split[0]:
+    axes = tuple(name for name, kind in kinds if kind != AxisType.Manual)
+    if not axes:
         return function
+    divides = batch % math.prod(mesh.shape[name] for name in axes) == 0
+    split = PartitionSpec(axes) if divides else PartitionSpec()
     arguments = "b l k c, b l k c, b l k n, b l k n, n k c, k c, k c"
     arguments += ", b z n k c, b l k c" * more
 

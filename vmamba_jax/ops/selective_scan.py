@@ -30,8 +30,9 @@ def default_implementation(platform: str | None = None) -> str:
 
 
 def _platform() -> str:
-    """That of `jax.default_device`, which may be one to compile for and not here, or JAX's own."""
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    """Of the mesh in context, which may be one to compile for and not here; else the default's."""
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    device = jax.sharding.get_abstract_mesh().abstract_device or default
     return device if isinstance(device, str) else getattr(device, "platform", jax.default_backend())
 
 

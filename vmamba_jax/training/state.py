@@ -54,7 +54,8 @@ def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int]) -> V
         model: a VSSM, or another Linen module of one image batch.
         image_shape: (H, W, C) of the images that it is built for.
     """
-    return jax.eval_shape(_initialise(model, image_shape), jax.random.key(0))
+    initialise = _initialise(model, image_shape)
+    return jax.eval_shape(lambda: initialise(jax.random.key(0)))
 
 
 def make_state(

@@ -74,8 +74,10 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
         )
     mesh = make_mesh(config.mesh, _devices(config.topology))
     check_batch_size(config.data.batch_size, mesh, config.optimizer.accumulation_steps)
-    learner = build_learner(config, num_classes=config.num_classes, mesh=mesh)
-    state = abstract_state(learner.init, mesh)
+    # The kinds of device say how to scan; the devices themselves can't hold as much as a constant.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        learner = build_learner(config, num_classes=config.num_classes, mesh=mesh)
+        state = abstract_state(learner.init, mesh)
     size, batch_size = config.data.image_size, config.data.batch_size
 
     def split(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
