@@ -1,7 +1,7 @@
 """The depthwise convolution as shifted multiply-adds.
 
-On a CPU, XLA's grouped convolution takes ten times as long and its gradient twenty times
-(``benchmarks/depthwise.py``). The derivative is written out for the same reason.
+On a CPU, XLA's grouped convolution takes over fifteen times as long, forward and backward
+(``benchmarks/results/depthwise.json``). The derivative is written out for the same reason.
 """
 
 from functools import reduce
