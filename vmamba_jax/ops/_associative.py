@@ -5,7 +5,6 @@ associative (Blelloch, "Prefix sums and their applications", 1990).
 """
 
 import jax
-import jax.numpy as jnp
 
 from vmamba_jax.ops._chunked import Plan, chunked_scan
 from vmamba_jax.typing import Array, Float
@@ -31,12 +30,9 @@ def _compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[A
     return a2 * a1, a2 * b1 + b2
 
 
-def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> tuple[Array, Array]:
+def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> Array:
     product, after = jax.lax.associative_scan(_compose, (decay, drive), reverse=reverse)
-    after = product * start[None] + after
-    if reverse:
-        return jnp.concatenate([after[1:], start[None]]), after
-    return jnp.concatenate([start[None], after[:-1]]), after
+    return product * start[None] + after
 
 
 PLAN = Plan(_recurrence, jax.vmap, chunk=lambda _: 64)

@@ -22,9 +22,9 @@ from vmamba_jax.typing import Array, Float
 class Plan(NamedTuple):
     """How an implementation computes what all of them share (hashable, static)."""
 
-    recurrence: Callable[..., tuple[Array, Array]]
-    """(decay, drive (T, ...), start (...), reverse) -> the states before and after each step of
-    ``h -> decay h + drive``, each (T, ...)."""
+    recurrence: Callable[..., Array]
+    """(decay, drive (T, ...), start (...), reverse) -> the states (T, ...) after each step of
+    ``h -> decay h + drive``."""
     over_batch: Callable[[Callable[..., Array]], Callable[..., Array]]
     """Lifts a function of one batch element, as `jax.vmap` does."""
     chunk: Callable[[int], int]
@@ -62,7 +62,7 @@ def _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan):
         wide = tuple(a.astype(jnp.float32) for a in now)
         u, _, _, C = wide
         _, _, decay, drive = _discretise(wide, weights, delta_softplus)
-        _, states = plan.recurrence(decay, drive, h, reverse)
+        states = plan.recurrence(decay, drive, h, reverse)
         y = _over_states(states, C)
         if weights.D is not None:
             y = y + weights.D[None] * u
@@ -90,12 +90,12 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
         u, _, B, C = wide
         dy = dy.astype(jnp.float32)
         step, slope, decay, drive = _discretise(wide, weights, delta_softplus)
-        before, _ = plan.recurrence(decay, drive, entering, reverse)
-        states = decay * before + drive
+        states = plan.recurrence(decay, drive, entering, reverse)
+        before = _before(states, entering, reverse)
         # dh[l] = C[l] dy[l] + decay[l + 1] dh[l + 1], written for decay * dh.
         direct = dy[:, :, None] * C[..., None]
-        later, through = plan.recurrence(decay, decay * direct, after, not reverse)
-        dstate = direct + later
+        through = plan.recurrence(decay, decay * direct, after, not reverse)
+        dstate = direct + _before(through, after, not reverse)
         dC = _einsum("tknc,tkc->tkn", states, dy)
         dB = _einsum("tknc,tkc->tkn", dstate, step * u)
         ddrive = _over_states(dstate, B)  # by s * u
@@ -158,6 +158,13 @@ def _discretise(
         step, slope = softplus_and_slope(step)
     decay = jnp.exp(step[:, :, None] * weights.A[None])
     return step, slope, decay, (step * u)[:, :, None] * B[..., None]
+
+
+def _before(states: Array, start: Array, reverse: bool) -> Array:
+    """The states before each step, from those after it: a loop's second result costs more."""
+    if reverse:
+        return jnp.concatenate([states[1:], start[None]])
+    return jnp.concatenate([start[None], states[:-1]])
 
 
 # Matrix units would round float32 to bfloat16 or TF32 unasked.

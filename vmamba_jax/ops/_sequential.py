@@ -1,7 +1,6 @@
 """The selective scan one step after another (`lax.scan`): best on a CPU."""
 
 import jax
-import jax.numpy as jnp
 
 from vmamba_jax.ops._chunked import Plan, chunked_scan
 from vmamba_jax.typing import Array, Float
@@ -22,16 +21,12 @@ def selective_scan(
     return chunked_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, PLAN)
 
 
-def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> tuple[Array, Array]:
+def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> Array:
     def advance(h: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         h = now[0] * h + now[1]
         return h, h
 
-    after = jax.lax.scan(advance, start, (decay, drive), reverse=reverse)[1]
-    # As a second result of the loop, the states before each step would cost a copy a step.
-    if reverse:
-        return jnp.concatenate([after[1:], start[None]]), after
-    return jnp.concatenate([start[None], after[:-1]]), after
+    return jax.lax.scan(advance, start, (decay, drive), reverse=reverse)[1]
 
 
 def _one_at_a_time(function):
