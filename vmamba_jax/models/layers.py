@@ -1,7 +1,8 @@
 """The layers around SS2D: normalisation, convolutions, patch embedding, downsampling, MLPs.
 
-Every module computes in `dtype` and stores in `param_dtype`. Initial values follow PyTorch's
-defaults and VMamba's own, so that a model trained from scratch starts where the original does.
+Linear layers inside a block compute in `dtype`; all else is float32. Initial values follow
+PyTorch's defaults and VMamba's own, so that a model trained from scratch starts where the original
+does.
 """
 
 import math
@@ -14,9 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from vmamba_jax import ops
+from vmamba_jax.ops.layer_norm import EPSILON
 from vmamba_jax.typing import Array, Dtype, FeatureMap, Images, ResampledMap
-
-EPSILON = 1e-5  # PyTorch's; Flax's default is 1e-6
 
 
 def gelu(x: Array) -> Array:
@@ -25,7 +25,8 @@ def gelu(x: Array) -> Array:
 
 
 def _in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    return lambda x: function(x.astype(jnp.float32))
+    # For the gradient a step keeps the input only, and no erf or exponential of its size.
+    return jax.checkpoint(lambda x: function(x.astype(jnp.float32)))
 
 
 activations: dict[str, Callable[[Array], Array]] = {
@@ -75,20 +76,17 @@ def conv(
     in_features: int,
     stride: int = 1,
     padding: int = 0,
-    use_bias: bool = True,
-    dtype: Dtype,
     param_dtype: Dtype,
     name: str,
 ) -> nn.Conv:
-    """A square convolution, padded explicitly, with PyTorch's default initial values."""
+    """A square float32 convolution, padded explicitly, with PyTorch's default initial values."""
     bound = (in_features * kernel * kernel) ** -0.5
     return nn.Conv(
         features,
         (kernel, kernel),
         strides=stride,
         padding=padding,
-        use_bias=use_bias,
-        dtype=dtype,
+        dtype=jnp.float32,
         param_dtype=param_dtype,
         kernel_init=uniform_init(bound),
         bias_init=uniform_init(bound),
@@ -119,18 +117,23 @@ def depthwise_conv(
     )
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels, in float32 whatever it is given."""
+class LayerNorm(nn.Module):
+    """LayerNorm over the channels, in float32 whatever it is given: see `ops.layer_norm`.
 
-    epsilon: float = EPSILON
-    # Two passes over the variance: the fast one cancels when the mean is large.
-    use_fast_variance: bool = False
-    dtype: Dtype = jnp.float32
+    Attributes:
+        param_dtype: dtype of the parameters.
+    """
+
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(self, x: FeatureMap) -> FeatureMap:
         """Normalises each position by itself; the shape stays."""
-        return super().__call__(x.astype(jnp.float32))
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        # Converted weights may still be NumPy arrays.
+        return ops.layer_norm(x, jnp.asarray(scale), jnp.asarray(bias))
 
 
 class BatchNorm(nn.BatchNorm):
@@ -166,8 +169,7 @@ class PatchEmbed(nn.Module):
             of half that stride with GELU between.
         patch_norm: whether the convolutions are normalised.
         norm_layer: see `norm`.
-        dtype: compute dtype.
-        param_dtype: dtype of the parameters.
+        param_dtype: dtype of the parameters; it computes in float32.
     """
 
     features: int
@@ -175,29 +177,28 @@ class PatchEmbed(nn.Module):
     version: str = "v1"
     patch_norm: bool = True
     norm_layer: str = "ln"
-    dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images: Images, train: bool = False) -> FeatureMap:
-        """``(B, H, W, 3) -> (B, H / patch, W / patch, C)``."""
-        dtypes = dtypes_of(self)
+        """``(B, H, W, 3) -> (B, H / patch, W / patch, C)``, float32."""
 
         def normalise(x: FeatureMap, name: str) -> FeatureMap:
             if not self.patch_norm:
                 return x
             return norm(self.norm_layer, train, self.param_dtype, name)(x)
 
+        convolve = partial(conv, param_dtype=self.param_dtype)
         channels = images.shape[-1]
         if self.version == "v1":
             patch = self.patch_size
-            x = conv(
-                self.features, patch, stride=patch, in_features=channels, name="conv", **dtypes
-            )(images)
+            x = convolve(self.features, patch, stride=patch, in_features=channels, name="conv")(
+                images
+            )
             return normalise(x, "norm")
         stride = self.patch_size // 2
         half = self.features // 2
-        overlapping = partial(conv, kernel=stride + 1, stride=stride, padding=1, **dtypes)
+        overlapping = partial(convolve, kernel=stride + 1, stride=stride, padding=1)
         x = overlapping(half, in_features=channels, name="conv1")(images)
         x = activations["gelu"](normalise(x, "norm1"))
         x = overlapping(self.features, in_features=half, name="conv2")(x)
@@ -212,26 +213,29 @@ class PatchMerging(nn.Module):
     Attributes:
         features: output channels.
         norm_layer: see `norm`.
-        dtype: compute dtype.
-        param_dtype: dtype of the parameters.
+        param_dtype: dtype of the parameters; it computes in float32.
     """
 
     features: int
     norm_layer: str = "ln"
-    dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: FeatureMap, train: bool = False) -> ResampledMap:
         """``(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), features)``."""
-        dtypes = dtypes_of(self)
         batch, height, width, channels = x.shape
         x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
         x = x.reshape(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, channels)
         # The column offset varies slowest in PyTorch's concatenation.
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(*x.shape[:2], x.shape[3], 4 * channels)
         x = norm(self.norm_layer, train, self.param_dtype, "norm")(x)
-        return dense(self.features, use_bias=False, name="reduction", **dtypes)(x)
+        return dense(
+            self.features,
+            use_bias=False,
+            name="reduction",
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
+        )(x)
 
 
 class ConvDownsample(nn.Module):
@@ -241,20 +245,17 @@ class ConvDownsample(nn.Module):
         features: output channels.
         kernel: 2 (no padding: an odd row or column is dropped) or 3 (padded by one).
         norm_layer: see `norm`.
-        dtype: compute dtype.
-        param_dtype: dtype of the parameters.
+        param_dtype: dtype of the parameters; it computes in float32.
     """
 
     features: int
     kernel: int = 3
     norm_layer: str = "ln"
-    dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: FeatureMap, train: bool = False) -> ResampledMap:
         """``(B, H, W, C) -> (B, H / 2, W / 2, features)``, rounded down (kernel 2) or up (3)."""
-        dtypes = dtypes_of(self)
         x = conv(
             self.features,
             self.kernel,
@@ -262,7 +263,7 @@ class ConvDownsample(nn.Module):
             padding=self.kernel - 2,
             in_features=x.shape[-1],
             name="conv",
-            **dtypes,
+            param_dtype=self.param_dtype,
         )(x)
         return norm(self.norm_layer, train, self.param_dtype, "norm")(x)
 

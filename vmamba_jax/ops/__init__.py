@@ -1,6 +1,7 @@
 """Pure functions on arrays: selective scans, 2-D traversal orders, the Mamba-2 form. No Flax."""
 
 from vmamba_jax.ops.depthwise import depthwise_conv
+from vmamba_jax.ops.layer_norm import layer_norm
 from vmamba_jax.ops.scan_2d import selective_scan_2d, ssd_2d
 from vmamba_jax.ops.scan_order import cross_merge, cross_scan
 from vmamba_jax.ops.selective_scan import IMPLEMENTATIONS, default_implementation, selective_scan
@@ -12,6 +13,7 @@ __all__ = [
     "cross_scan",
     "default_implementation",
     "depthwise_conv",
+    "layer_norm",
     "selective_scan",
     "selective_scan_2d",
     "ssd",

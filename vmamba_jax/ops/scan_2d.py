@@ -5,12 +5,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from vmamba_jax.ops.layer_norm import EPSILON
 from vmamba_jax.ops.scan_order import Order, from_layouts, routes_of, to_layouts
 from vmamba_jax.ops.selective_scan import selective_scan
 from vmamba_jax.ops.ssd import ssd
 from vmamba_jax.typing import Array, FeatureMap, Float
-
-EPSILON = 1e-5  # of the cascaded scan's normalisation, as of every other one in the model
 
 
 def selective_scan_2d(
