@@ -1,6 +1,8 @@
 """Every implementation of the selective scan against the plain recurrence in NumPy float64."""
 
 import inspect
+import math
+import re
 import sys
 from functools import partial
 from typing import Any
@@ -125,6 +127,26 @@ def test_bfloat16_output_is_within_rounding_of_float32(implementation):
     actual = SCAN(**inputs, implementation=implementation)
     assert actual.dtype == jnp.bfloat16
     assert relative_error(actual, expected) < 2**-8
+
+
+@pytest.mark.parametrize("implementation", ["sequential", "associative"])
+@pytest.mark.parametrize(("length", "channels"), [(784, 384), (49, 1536)])  # stages 2 and 4
+def test_the_states_of_all_steps_never_exist_at_once(implementation, length, channels):
+    routes, states = 4, 16
+    per_step = jax.ShapeDtypeStruct((1, length, routes, channels), jnp.float32)
+    per_state = jax.ShapeDtypeStruct((1, length, routes, states), jnp.float32)
+    A = jax.ShapeDtypeStruct((routes, channels, states), jnp.float32)
+
+    def gradients(u, delta, A, B, C):
+        scan = partial(selective_scan, implementation=implementation)
+        y, vjp = jax.vjp(scan, u, delta, A, B, C)
+        return vjp(y)
+
+    program = jax.jit(gradients).lower(per_step, per_step, A, per_state, per_state).as_text()
+    shapes = re.findall(r"tensor<((?:\d+x)+)f32>", program)
+    assert len(shapes) > 10
+    largest = max(math.prod(map(int, shape.split("x")[:-1])) for shape in shapes)
+    assert largest <= routes * channels * states * max(length // 2, 1)
 
 
 @pytest.mark.parametrize("step", [1e-6, 1.0, 1e3])

@@ -35,4 +35,5 @@ def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> Arra
     return product * start[None] + after
 
 
-PLAN = Plan(_recurrence, jax.vmap, chunk=lambda _: 64)
+# All images at once, as a GPU wants them; of a wide state few steps, 2 MB an image, at a time.
+PLAN = Plan(_recurrence, jax.vmap, chunk=lambda states: min(64, max(8, 2**19 // states)))
