@@ -50,10 +50,12 @@ def copy_run(like: jax.Array) -> tuple[Callable[[], object], float]:
     return lambda: copy(like), 2.0 * like.nbytes
 
 
-def compile_timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+def compile_timed(
+    function: Callable[..., Any], *arguments: Any, options: dict[str, str | bool] | None = None
+) -> tuple[Any, float]:
     """The compiled function and the seconds that tracing and compiling took."""
     start = time.perf_counter()
-    compiled = jax.jit(function).lower(*arguments).compile()
+    compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
     return compiled, time.perf_counter() - start
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 from _measure import compile_timed, interleaved, matmul_run, report
 
-from vmamba_jax import create_model
+from vmamba_jax import compiler_options, create_model
 from vmamba_jax.analysis.flops import summarize
 
 
@@ -114,7 +114,7 @@ def main(options: Options) -> None:
                 step = jax.value_and_grad(loss)
                 cases["train"] = (step, (variables["params"], rest, images))
             for mode, (function, arguments) in cases.items():
-                compiled, seconds = compile_timed(function, *arguments)
+                compiled, seconds = compile_timed(function, *arguments, options=compiler_options())
                 key = f"{name}/{batch}/{mode}"
                 runs[key] = lambda compiled=compiled, arguments=arguments: compiled(*arguments)
                 memory = compiled.memory_analysis()

