@@ -2,7 +2,6 @@
 
 import json
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -12,16 +11,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each run; every round runs each once, so that drift hits all alike.
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each run, (rounds,); every round runs each once, so that drift hits all alike.
 
-    A run may return the seconds it took itself (another process's clock).
+    A run may return the seconds it took itself (another process's clock). Compare two runs by the
+    median over the rounds of their ratio: neighbours in time share the machine's mood.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for now in range(rounds + 1):
@@ -34,7 +35,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
                 taken = time.perf_counter() - start
             if now:  # the first round warms up
                 times[name].append(taken)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {name: np.array(seconds) for name, seconds in times.items()}
 
 
 def matmul_run(side: int = 2048) -> tuple[Callable[[], object], float]:

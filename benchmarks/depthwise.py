@@ -45,7 +45,9 @@ def main() -> None:
                 compiled, _ = compile_timed(function, x, kernel)
                 runs[f"{name}, {mode} (ns)"] = lambda run=compiled, a=(x, kernel): run(*a)
         times = interleaved(runs, rounds=5)
-        rows.append({"shape": list(shape)} | {k: 1e9 * t / x.size for k, t in times.items()})
+        rows.append(
+            {"shape": list(shape)} | {k: 1e9 * np.median(t) / x.size for k, t in times.items()}
+        )
     report("depthwise", rows)
 
 

@@ -79,7 +79,7 @@ def main(options: Options) -> None:
     peer = Peer(options) if options.peer else None
     dtype = jnp.bfloat16 if options.bfloat16 else jnp.float32
     matmul, operations = matmul_run()
-    runs: dict[str, Callable[[], object]] = {"matmul": matmul}
+    runs: dict[str, Callable[[], object]] = {}
     rows: list[dict[str, Any]] = []
     for name in options.models:
         model, variables = create_model(
@@ -116,6 +116,7 @@ def main(options: Options) -> None:
             for mode, (function, arguments) in cases.items():
                 compiled, seconds = compile_timed(function, *arguments, options=compiler_options())
                 key = f"{name}/{batch}/{mode}"
+                runs[key + "/matmul"] = matmul
                 runs[key] = lambda compiled=compiled, arguments=arguments: compiled(*arguments)
                 memory = compiled.memory_analysis()
                 rows.append(
@@ -137,17 +138,19 @@ def main(options: Options) -> None:
                     }
                     runs[key + "/peer"] = lambda request=request: peer.ask(**request)
     times = interleaved(runs, options.rounds)
-    peak = operations / times["matmul"]
     for row in rows:
         key = f"{row['model']}/{row['batch']}/{row['mode']}"
-        row["img/s"] = row["batch"] / times[key]
+        row["img/s"] = float(np.median(row["batch"] / times[key]))
         if row["mode"] == "forward":
-            row["share of GEMM peak"] = row["img/s"] * row["GFLOP/img"] * 1e9 / peak
+            at_peak = times[key + "/matmul"] * row["batch"] * row["GFLOP/img"] * 1e9 / operations
+            row["share of GEMM peak"] = float(np.median(at_peak / times[key]))
         else:
-            row["times forward"] = times[key] / times[f"{row['model']}/{row['batch']}/forward"]
+            forward = times[f"{row['model']}/{row['batch']}/forward"]
+            row["times forward"] = float(np.median(times[key] / forward))
         if peer:
-            row["peer img/s"] = row["batch"] / times[key + "/peer"]
-            row["times peer"] = row["img/s"] / row["peer img/s"]
+            row["peer img/s"] = float(np.median(row["batch"] / times[key + "/peer"]))
+            row["times peer"] = float(np.median(times[key + "/peer"] / times[key]))
+    peak = operations / np.median([times[key] for key in times if key.endswith("/matmul")])
     settings = {
         k: v for k, v in dataclasses.asdict(options).items() if not k.startswith(("peer", "output"))
     }
