@@ -8,9 +8,9 @@ of size (B, L, K, C, N) exists but for one chunk (Mamba's kernel does the same: 
 "Mamba", 2023, section 3.3.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def chunked_scan(
 
 def _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan):
     weights = _wide(A, D, delta_bias)
-    split, join = _chunking(u.shape[1], weights.A.size, reverse, plan.chunk)
+    chunk = chunk_length(u.shape[1], plan.chunk(weights.A.size))
 
     def advance(h: Array, now: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         wide = tuple(a.astype(jnp.float32) for a in now)
@@ -66,12 +66,13 @@ def _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan):
         y = _over_states(states, C)
         if weights.D is not None:
             y = y + weights.D[None] * u
-        return states[0 if reverse else -1], (y.astype(now[0].dtype), h)
+        return states[0 if reverse else -1], (y.astype(now[0].dtype), h[None])
 
     def scan(*inputs: Array) -> tuple[Array, Array]:
+        pad, unpad = _padding(inputs[0].shape[0], chunk, reverse)
         start = jnp.zeros_like(weights.A)
-        _, (y, entering) = jax.lax.scan(advance, start, split(inputs), reverse=reverse)
-        return join(y), entering
+        _, (y, entering) = _scan_chunks(advance, start, pad(inputs), chunk, reverse)
+        return unpad(y), entering
 
     y, entering = plan.over_batch(scan)(u, delta, B, C)
     return y, (u, delta, A, B, C, D, delta_bias, entering)
@@ -80,12 +81,13 @@ def _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan):
 def _backward(delta_softplus, reverse, plan, residuals, dy):
     u, delta, A, B, C, D, delta_bias, entering = residuals
     weights = _wide(A, D, delta_bias)
-    split, join = _chunking(u.shape[1], weights.A.size, reverse, plan.chunk)
+    chunk = chunk_length(u.shape[1], plan.chunk(weights.A.size))
 
     def retreat(carry: tuple[Array, _Weights], now: tuple[Array, ...]):
         """`after` is the gradient of the state at the chunk's end, by way of later chunks."""
         after, total = carry
         *inputs, dy, entering = now
+        entering = entering[0]
         wide = tuple(a.astype(jnp.float32) for a in inputs)
         u, _, B, C = wide
         dy = dy.astype(jnp.float32)
@@ -117,10 +119,11 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
 
     def scan(*inputs: Array):
         *per_step, entering = inputs
+        pad, unpad = _padding(per_step[0].shape[0], chunk, reverse)
         start = (jnp.zeros_like(weights.A), jax.tree.map(jnp.zeros_like, weights))
-        chunks = (*split(per_step), entering)
-        (_, total), gradients = jax.lax.scan(retreat, start, chunks, reverse=not reverse)
-        return tuple(map(join, gradients)), total
+        arrays = (*pad(per_step), entering)
+        (_, total), gradients = _scan_chunks(retreat, start, arrays, chunk, not reverse)
+        return tuple(map(unpad, gradients)), total
 
     per_step, total = plan.over_batch(scan)(u, delta, B, C, dy, entering)
     du, ddelta, dB, dC = per_step
@@ -182,21 +185,58 @@ def _over_time(a: Float[Array, "T ..."]) -> Float[Array, "..."]:
     return _einsum("t,t...->...", jnp.ones(a.shape[0]), a)
 
 
-def _chunking(length: int, width: int, reverse: bool, longest: Callable[[int], int]):
-    """Functions that cut one batch element, (L, ...), into chunks (Z, T, ...), and undo it."""
-    chunk = chunk_length(length, longest(width))
+def _scan_chunks(
+    advance: Callable[..., Any], carry: Any, arrays: tuple[Array, ...], chunk: int, reverse: bool
+) -> tuple[Any, tuple[Array, ...]]:
+    """`jax.lax.scan` over chunks of the first axis, cut out of the arrays where they lie.
+
+    A scan's own inputs and outputs would be copied by `jax.vmap`, which moves the axis that is
+    scanned before the batch.
+
+    Args:
+        advance: ``(carry, chunks) -> (carry, chunks of the results)``.
+        carry: what one chunk hands on to the next.
+        arrays: the first has `chunk` steps in each chunk, the others any number.
+        chunk: steps of a chunk.
+        reverse: whether the last chunk comes first.
+    """
+    count = arrays[0].shape[0] // chunk
+
+    def cut(now: Any) -> tuple[Array, ...]:
+        sizes = (a.shape[0] // count for a in arrays)
+        return tuple(
+            jax.lax.dynamic_slice_in_dim(a, now * size, size)
+            for a, size in zip(arrays, sizes, strict=True)
+        )
+
+    def body(i: Array, loop: tuple[Any, tuple[Array, ...]]) -> tuple[Any, tuple[Array, ...]]:
+        now = count - 1 - i if reverse else i
+        carry, results = advance(loop[0], cut(now))
+        return carry, tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, part, now * part.shape[0], 0)
+            for whole, part in zip(loop[1], results, strict=True)
+        )
+
+    parts = jax.eval_shape(lambda carry: advance(carry, cut(0))[1], carry)
+    results = tuple(jnp.zeros((count * p.shape[0], *p.shape[1:]), p.dtype) for p in parts)
+    return jax.lax.fori_loop(0, count, body, (carry, results))
+
+
+def _padding(length: int, chunk: int, reverse: bool):
+    """Functions that fill arrays (L, ...) up to whole chunks, and undo it.
+
+    Steps of size zero follow the sequence: they neither decay nor drive the state. Softplus would
+    make them positive, but after the end that changes no output.
+    """
     padding = -length % chunk
-    # Steps of size zero follow the sequence: they neither decay nor drive the state. Softplus
-    # would make them positive, but after the end that changes no output.
     before_after = (padding, 0) if reverse else (0, padding)
 
-    def split(arrays):
-        if padding:
-            arrays = [jnp.pad(a, [before_after] + [(0, 0)] * (a.ndim - 1)) for a in arrays]
-        return tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in arrays)
+    def pad(arrays: Sequence[Array]) -> tuple[Array, ...]:
+        if not padding:
+            return tuple(arrays)
+        return tuple(jnp.pad(a, [before_after] + [(0, 0)] * (a.ndim - 1)) for a in arrays)
 
-    def join(a: Array) -> Array:
-        a = a.reshape(-1, *a.shape[2:])
+    def unpad(a: Array) -> Array:
         return a[padding:] if reverse else a[:length]
 
-    return split, join
+    return pad, unpad
