@@ -2,6 +2,9 @@
 
 import jax
 
+RUNS_ONCE = {"xla_backend_optimization_level": 0}
+"""Options for what runs once, as initial values do: unoptimised code is ready sooner."""
+
 
 def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
     """Options for `jax.jit` that suit a model or its training step.

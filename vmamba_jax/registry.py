@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vmamba_jax._closest import closest
+from vmamba_jax.compiler import RUNS_ONCE
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.models import VSSM
 from vmamba_jax.typing import Array, Dtype, Variables
@@ -86,7 +87,8 @@ def create_model(
         return model, jax.tree.map(jnp.asarray, variables)
     images = jnp.zeros((1, image_size, image_size, config.in_chans))
     # Compiled, the forward pass that Linen runs to find the shapes is dropped as dead code.
-    variables = jax.jit(model.init)(jax.random.key(0) if rng is None else rng, images)
+    init = jax.jit(model.init, compiler_options=RUNS_ONCE)
+    variables = init(jax.random.key(0) if rng is None else rng, images)
     return model, variables
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from vmamba_jax.compiler import RUNS_ONCE
 from vmamba_jax.training.sharding import state_sharding
 from vmamba_jax.typing import Variables
 
@@ -108,9 +109,7 @@ def abstract_state(init: Callable[[], TrainState], mesh: Mesh) -> TrainState:
 def create_state(init: Callable[[], TrainState], mesh: Mesh) -> TrainState:
     """Runs `init` so that every leaf is born on the devices that it belongs to."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, mesh))
-    # It runs once, so compiling is what costs: unoptimised code is ready four times sooner.
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)()
+    return jax.jit(init, out_shardings=shardings, compiler_options=RUNS_ONCE)()
 
 
 def with_weights(state: TrainState, variables: Variables) -> TrainState:

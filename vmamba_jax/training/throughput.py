@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from vmamba_jax.compiler import compiler_options
+from vmamba_jax.compiler import RUNS_ONCE, compiler_options
 from vmamba_jax.training.config import RunConfig
 from vmamba_jax.training.setup import build_model
 from vmamba_jax.training.sharding import batch_sharding, check_batch_size, make_mesh, replicated
@@ -83,7 +83,7 @@ def measure_throughput(
         variables = jax.jit(
             model.init,
             out_shardings=replicated(mesh),
-            compiler_options={"xla_backend_optimization_level": 0},
+            compiler_options=RUNS_ONCE,
         )(jax.random.key(0), images[:1])
         for name, run in (("forward", forward), ("forward_backward", forward_backward)):
             compiled = jax.jit(run, compiler_options=compiler_options())
