@@ -4,7 +4,8 @@
     python benchmarks/scan.py --stages tiny1 tiny4 --states 1 --implementations sequential
 
 "share of copy" is the bytes that a scan must move at least (its arguments and results, once each)
-over its time, against what a plain copy of `u` reaches.
+over its time, against what a copy of `u` reaches, whose result is new memory as the scan's is.
+"share of in place" is against the same over memory already held.
 """
 
 import itertools
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from _measure import compile_timed, copy_run, interleaved, report
+from _measure import compile_timed, copy_run, in_place_run, interleaved, report
 
 from vmamba_jax import compiler_options
 from vmamba_jax.ops import IMPLEMENTATIONS, selective_scan
@@ -71,7 +72,9 @@ def _case(stage: str, states: int, implementation: str, options: Options) -> lis
     forward, forward_compile = compile_timed(scan, *arguments, options=compiler_options())
     both, both_compile = compile_timed(gradient, dy, *arguments, options=compiler_options())
     copy, copied = copy_run(dy)
+    in_place, _ = in_place_run(dy)
     runs = {
+        "in place": in_place,
         "copy": copy,
         "forward": lambda: forward(*arguments),
         "both": lambda: both(dy, *arguments),
@@ -79,7 +82,7 @@ def _case(stage: str, states: int, implementation: str, options: Options) -> lis
     times = interleaved(runs, options.rounds)
     times["backward"] = times["both"] - times["forward"]
     inputs = sum(a.nbytes for a in arguments)
-    bandwidth = copied / times["copy"]  # of each round
+    fresh, held = copied / times["copy"], copied / times["in place"]  # of each round
     rows = []
     for mode, compiled, seconds, moved in (
         ("forward", forward, forward_compile, inputs + dy.nbytes),
@@ -96,11 +99,13 @@ def _case(stage: str, states: int, implementation: str, options: Options) -> lis
                 "ms": 1e3 * float(np.median(times[mode])),
                 "times forward": float(np.median(times[mode] / times["forward"])),
                 "MB moved": moved / 1e6,
-                "share of copy": float(np.median(moved / times[mode] / bandwidth)),
+                "share of copy": float(np.median(moved / times[mode] / fresh)),
+                "share of in place": float(np.median(moved / times[mode] / held)),
                 "memory / inputs": (memory.temp_size_in_bytes + memory.output_size_in_bytes)
                 / inputs,
                 "compile s": seconds,
-                "copy GB/s": float(np.median(bandwidth)) / 1e9,
+                "copy GB/s": float(np.median(fresh)) / 1e9,
+                "in place GB/s": float(np.median(held)) / 1e9,
             }
         )
     return rows
