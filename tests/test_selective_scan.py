@@ -129,6 +129,17 @@ def test_bfloat16_output_is_within_rounding_of_float32(implementation):
     assert relative_error(actual, expected) < 2**-8
 
 
+def test_an_empty_batch_gives_an_empty_result(implementation):
+    inputs = in_dtype(make_inputs(8, 3, batch=0), jnp.float32)
+
+    @jax.grad
+    def gradients(inputs):
+        return selective_scan(**inputs, implementation=implementation).sum()
+
+    for name, gradient in gradients(inputs).items():
+        np.testing.assert_array_equal(gradient, np.zeros(inputs[name].shape))
+
+
 @pytest.mark.parametrize("implementation", ["sequential", "associative"])
 @pytest.mark.parametrize(("length", "channels"), [(784, 384), (49, 1536)])  # stages 2 and 4
 def test_the_states_of_all_steps_never_exist_at_once(implementation, length, channels):

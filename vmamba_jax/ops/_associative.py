@@ -4,6 +4,10 @@ Two steps h -> a1 h + b1 and h -> a2 h + b2 compose to h -> (a2 a1) h + (a2 b1 +
 associative (Blelloch, "Prefix sums and their applications", 1990).
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 
 from vmamba_jax.ops._chunked import Plan, chunked_scan
@@ -35,5 +39,9 @@ def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> Arra
     return product * start[None] + after
 
 
+def _together(scan: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.vmap(partial(scan, sequences=1))
+
+
 # All images at once, as a GPU wants them; of a wide state few steps, 2 MB an image, at a time.
-PLAN = Plan(_recurrence, jax.vmap, chunk=lambda states: min(64, max(8, 2**19 // states)))
+PLAN = Plan(_recurrence, _together, chunk=lambda states: min(64, max(8, 2**19 // states)))

@@ -8,7 +8,7 @@ of size (B, L, K, C, N) exists but for one chunk (Mamba's kernel does the same: 
 "Mamba", 2023, section 3.3.2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,8 +25,10 @@ class Plan(NamedTuple):
     recurrence: Callable[..., Array]
     """(decay, drive (T, ...), start (...), reverse) -> the states (T, ...) after each step of
     ``h -> decay h + drive``."""
-    over_batch: Callable[[Callable[..., Array]], Callable[..., Array]]
-    """Lifts a function of one batch element, as `jax.vmap` does."""
+    over_batch: Callable[[Callable[..., Any]], Callable[..., Any]]
+    """Lifts ``scan(*arrays (steps, ...), sequences=1) -> (results (steps, ...), totals)``, which
+    takes sequences laid end to end, to arrays (B, L, ...), results (B, L, ...) and totals
+    (any, ...) that are left to add up."""
     chunk: Callable[[int], int]
     """Number of states of one batch element -> the most steps a chunk may have."""
 
@@ -58,7 +60,8 @@ def _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan):
     weights = _wide(A, D, delta_bias)
     chunk = chunk_length(u.shape[1], plan.chunk(weights.A.size))
 
-    def advance(h: Array, now: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
+    def advance(carry: tuple[Array, tuple[()]], now: tuple[Array, ...]):
+        h, total = carry
         wide = tuple(a.astype(jnp.float32) for a in now)
         u, _, _, C = wide
         _, _, decay, drive = _discretise(wide, weights, delta_softplus)
@@ -66,16 +69,15 @@ def _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan):
         y = _over_states(states, C)
         if weights.D is not None:
             y = y + weights.D[None] * u
-        return states[0 if reverse else -1], (y.astype(now[0].dtype), h[None])
+        return (states[0 if reverse else -1], total), (y.astype(now[0].dtype), h[None])
 
-    def scan(*inputs: Array) -> tuple[Array, Array]:
-        pad, unpad = _padding(inputs[0].shape[0], chunk, reverse)
-        start = jnp.zeros_like(weights.A)
-        _, (y, entering) = _scan_chunks(advance, start, pad(inputs), chunk, reverse)
-        return unpad(y), entering
+    def scan(*inputs: Array, sequences: int):
+        carry = (jnp.zeros_like(weights.A), ())
+        return _scan_chunks(advance, carry, inputs, chunk, reverse, sequences)
 
-    y, entering = plan.over_batch(scan)(u, delta, B, C)
-    return y, (u, delta, A, B, C, D, delta_bias, entering)
+    pad, unpad = _padding(u.shape[1], chunk, reverse)
+    (y, entering), _ = plan.over_batch(scan)(*pad(u, delta, B, C))
+    return unpad(y), (u, delta, A, B, C, D, delta_bias, entering)
 
 
 def _backward(delta_softplus, reverse, plan, residuals, dy):
@@ -117,16 +119,13 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
         total = jax.tree.map(jnp.add, total, gradients)
         return (through[-1 if reverse else 0], total), per_step
 
-    def scan(*inputs: Array):
-        *per_step, entering = inputs
-        pad, unpad = _padding(per_step[0].shape[0], chunk, reverse)
-        start = (jnp.zeros_like(weights.A), jax.tree.map(jnp.zeros_like, weights))
-        arrays = (*pad(per_step), entering)
-        (_, total), gradients = _scan_chunks(retreat, start, arrays, chunk, not reverse)
-        return tuple(map(unpad, gradients)), total
+    def scan(*inputs: Array, sequences: int):
+        carry = (jnp.zeros_like(weights.A), jax.tree.map(jnp.zeros_like, weights))
+        return _scan_chunks(retreat, carry, inputs, chunk, not reverse, sequences)
 
-    per_step, total = plan.over_batch(scan)(u, delta, B, C, dy, entering)
-    du, ddelta, dB, dC = per_step
+    pad, unpad = _padding(u.shape[1], chunk, reverse)
+    per_step, total = plan.over_batch(scan)(*pad(u, delta, B, C, dy), entering)
+    du, ddelta, dB, dC = map(unpad, per_step)
     dA, dD, dbias = jax.tree.map(lambda a: a.sum(axis=0), total)
     dA = dA.swapaxes(1, 2).astype(A.dtype)
     dD = None if D is None else dD.astype(D.dtype)
@@ -186,19 +185,28 @@ def _over_time(a: Float[Array, "T ..."]) -> Float[Array, "..."]:
 
 
 def _scan_chunks(
-    advance: Callable[..., Any], carry: Any, arrays: tuple[Array, ...], chunk: int, reverse: bool
-) -> tuple[Any, tuple[Array, ...]]:
+    advance: Callable[..., Any],
+    carry: tuple[Array, Any],
+    arrays: tuple[Array, ...],
+    chunk: int,
+    reverse: bool,
+    sequences: int,
+) -> tuple[tuple[Array, ...], Any]:
     """`jax.lax.scan` over chunks of the first axis, cut out of the arrays where they lie.
 
-    A scan's own inputs and outputs would be copied by `jax.vmap`, which moves the axis that is
-    scanned before the batch.
+    A scan's own inputs and outputs would be copied: by `jax.vmap`, which moves the axis that is
+    scanned before the batch, and by `jax.lax.map`, element by element.
 
     Args:
-        advance: ``(carry, chunks) -> (carry, chunks of the results)``.
-        carry: what one chunk hands on to the next.
+        advance: ``((state, total), chunks) -> ((state, total), chunks of the results)``.
+        carry: the state, zero, and the total to begin with.
         arrays: the first has `chunk` steps in each chunk, the others any number.
         chunk: steps of a chunk.
         reverse: whether the last chunk comes first.
+        sequences: how many of one length lie end to end; each begins with a state of zero.
+
+    Returns:
+        The results and the total.
     """
     count = arrays[0].shape[0] // chunk
 
@@ -209,21 +217,25 @@ def _scan_chunks(
             for a, size in zip(arrays, sizes, strict=True)
         )
 
-    def body(i: Array, loop: tuple[Any, tuple[Array, ...]]) -> tuple[Any, tuple[Array, ...]]:
+    def body(i: Array, loop: tuple[tuple[Array, Any], tuple[Array, ...]]):
+        (state, total), results = loop
         now = count - 1 - i if reverse else i
-        carry, results = advance(loop[0], cut(now))
+        if sequences > 1:
+            state = jnp.where(i % (count // sequences) == 0, 0, state)
+        carry, parts = advance((state, total), cut(now))
         return carry, tuple(
             jax.lax.dynamic_update_slice_in_dim(whole, part, now * part.shape[0], 0)
-            for whole, part in zip(loop[1], results, strict=True)
+            for whole, part in zip(results, parts, strict=True)
         )
 
     parts = jax.eval_shape(lambda carry: advance(carry, cut(0))[1], carry)
     results = tuple(jnp.zeros((count * p.shape[0], *p.shape[1:]), p.dtype) for p in parts)
-    return jax.lax.fori_loop(0, count, body, (carry, results))
+    (_, total), results = jax.lax.fori_loop(0, count, body, (carry, results))
+    return results, total
 
 
 def _padding(length: int, chunk: int, reverse: bool):
-    """Functions that fill arrays (L, ...) up to whole chunks, and undo it.
+    """Functions that fill arrays (B, L, ...) up to whole chunks, and undo it.
 
     Steps of size zero follow the sequence: they neither decay nor drive the state. Softplus would
     make them positive, but after the end that changes no output.
@@ -231,12 +243,12 @@ def _padding(length: int, chunk: int, reverse: bool):
     padding = -length % chunk
     before_after = (padding, 0) if reverse else (0, padding)
 
-    def pad(arrays: Sequence[Array]) -> tuple[Array, ...]:
+    def pad(*arrays: Array) -> tuple[Array, ...]:
         if not padding:
-            return tuple(arrays)
-        return tuple(jnp.pad(a, [before_after] + [(0, 0)] * (a.ndim - 1)) for a in arrays)
+            return arrays
+        return tuple(jnp.pad(a, [(0, 0), before_after] + [(0, 0)] * (a.ndim - 2)) for a in arrays)
 
     def unpad(a: Array) -> Array:
-        return a[padding:] if reverse else a[:length]
+        return a[:, padding:] if reverse else a[:, :length]
 
     return pad, unpad
