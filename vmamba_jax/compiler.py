@@ -11,7 +11,7 @@ def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
 
     On a CPU, XLA orders operations so that many can run at once. A VMamba is one long chain, each
     link of which already uses every core; the order that frees memory soonest takes a third of the
-    memory forward, a fifth less in training, and is faster, since fewer fresh pages are touched.
+    memory forward, a sixth less in training, and is faster, since fewer fresh pages are touched.
 
     Args:
         platform: "cpu", "gpu" or "tpu", as devices name it; that of JAX's first device by default.
