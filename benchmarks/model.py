@@ -38,6 +38,8 @@ class Options:
     """Side of the images, in pixels."""
     train: bool = False
     """Time the training step (forward and gradient) too."""
+    accumulation_steps: tuple[int, ...] = (1,)
+    """Parts that the step's batch is split into, one after another; each is timed."""
     bfloat16: bool = False
     """Compute in bfloat16 rather than float32."""
     use_checkpoint: bool = False
@@ -72,6 +74,23 @@ class Peer:
         if not answer:
             raise SystemExit("the peer ended; its error is above")
         return float(answer)
+
+
+def accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., Any]:
+    """The mean over the parts of a batch, each `parts`-th image as in training."""
+    if parts == 1:
+        return value_and_grad
+
+    def whole(params: Any, rest: Any, images: jax.Array) -> Any:
+        def add(total: Any, part: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(params, rest, part)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+        split = jnp.swapaxes(images.reshape(-1, parts, *images.shape[1:]), 0, 1)
+        total, _ = jax.lax.scan(add, zeros, split)
+        return jax.tree.map(lambda leaf: leaf / parts, total)
+
+    return whole
 
 
 def main(options: Options) -> None:
@@ -111,8 +130,10 @@ def main(options: Options) -> None:
             rest = {k: v for k, v in variables.items() if k != "params"}
             cases = {"forward": (forward, (variables, images))}
             if options.train:
-                step = jax.value_and_grad(loss)
-                cases["train"] = (step, (variables["params"], rest, images))
+                for parts in options.accumulation_steps:
+                    step = accumulated(jax.value_and_grad(loss), parts)
+                    mode = f"train in {parts}" if parts > 1 else "train"
+                    cases[mode] = (step, (variables["params"], rest, images))
             for mode, (function, arguments) in cases.items():
                 compiled, seconds = compile_timed(function, *arguments, options=compiler_options())
                 key = f"{name}/{batch}/{mode}"
@@ -134,7 +155,7 @@ def main(options: Options) -> None:
                         "config": dataclasses.asdict(model.config),
                         "batch": batch,
                         "image_size": options.image_size,
-                        "train": mode == "train",
+                        "train": mode != "forward",
                     }
                     runs[key + "/peer"] = lambda request=request: peer.ask(**request)
     times = interleaved(runs, options.rounds)

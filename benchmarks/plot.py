@@ -22,8 +22,8 @@ def main() -> None:
             axes.text(row["peer img/s"], place + 0.2, f" {row['peer img/s']:.2f}", va="center")
             label += f"  ({row['times peer']:.1f}x)"
         axes.text(row["img/s"], place - 0.2, label, va="center")
-    modes = {"forward": "inference", "train": "training step"}
-    names = [f"{r['model']}\n{modes[r['mode']]}, batch {r['batch']}" for r in rows]
+    modes = [r["mode"].replace("train", "training step") for r in rows]
+    names = [f"{r['model']}\n{m}, batch {r['batch']}" for r, m in zip(rows, modes, strict=True)]
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     axes.set_xlim(right=1.2 * max(r["img/s"] for r in rows))

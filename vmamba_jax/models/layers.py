@@ -94,6 +94,9 @@ def conv(
         param_dtype=param_dtype,
         kernel_init=uniform_init(bound),
         bias_init=uniform_init(bound),
+        conv_general_dilated=lambda x, kernel, *_, **__: ops.strided_conv(
+            x, kernel, stride=stride, padding=padding
+        ),
         name=name,
     )
 

@@ -6,6 +6,7 @@ from vmamba_jax.ops.scan_2d import selective_scan_2d, ssd_2d
 from vmamba_jax.ops.scan_order import cross_merge, cross_scan
 from vmamba_jax.ops.selective_scan import IMPLEMENTATIONS, default_implementation, selective_scan
 from vmamba_jax.ops.ssd import ssd
+from vmamba_jax.ops.strided_conv import strided_conv
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -18,4 +19,5 @@ __all__ = [
     "selective_scan_2d",
     "ssd",
     "ssd_2d",
+    "strided_conv",
 ]

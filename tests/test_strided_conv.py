@@ -1,0 +1,70 @@
+"""The strided convolution and both of its gradients against each other and finite differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from vmamba_jax.ops import strided_conv
+from vmamba_jax.ops.strided_conv import _gradient_by_convolutions, _gradient_by_products
+
+# Kernel, stride, padding: patch embedding v1, both halves of v2 and downsampling v3, v2, more.
+SHAPES = [(4, 4, 0), (3, 2, 1), (2, 2, 0), (5, 4, 1), (3, 1, 1), (1, 3, 0), (3, 2, 2)]
+
+
+def arrays(size, stride, padding):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 13, 10, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, 3, 5)), jnp.float32)
+    y = strided_conv(x, kernel, stride=stride, padding=padding)
+    return x, kernel, jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), SHAPES)
+def test_each_output_is_its_windows_product_with_the_kernel(size, stride, padding):
+    x, kernel, dy = arrays(size, stride, padding)
+    padded = np.pad(np.asarray(x, np.float64), ((0, 0), *((padding, padding),) * 2, (0, 0)))
+    actual = strided_conv(x, kernel, stride=stride, padding=padding)
+    assert actual.shape == dy.shape
+    for row in range(dy.shape[1]):
+        for column in range(dy.shape[2]):
+            window = padded[:, row * stride :, column * stride :][:, :size, :size]
+            expected = np.einsum("bijp,ijpc->bc", window, np.asarray(kernel, np.float64))
+            np.testing.assert_allclose(actual[:, row, column], expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), SHAPES)
+def test_the_gradient_by_products_is_the_one_by_convolutions(size, stride, padding):
+    x, kernel, dy = arrays(size, stride, padding)
+    by_products = _gradient_by_products(x, kernel, dy, stride, padding)
+    by_convolutions = _gradient_by_convolutions(x, kernel, dy, stride, padding)
+    for ours, theirs in zip(by_products, by_convolutions, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-5)
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), SHAPES)
+def test_the_gradient_is_that_of_finite_differences(size, stride, padding):
+    x, kernel, _ = arrays(size, stride, padding)
+
+    @jax.jit
+    def convolve(x, kernel):
+        return strided_conv(x, kernel, stride=stride, padding=padding)
+
+    with jax.enable_x64(True):
+        check_grads(convolve, (x.astype(jnp.float64), kernel.astype(jnp.float64)), 1, ["rev"])
+
+
+def test_only_on_a_cpu_the_gradient_is_free_of_convolutions():
+    # Within a loop XLA's take many times as long as the products.
+    x, kernel, dy = arrays(3, 2, 1)
+
+    def gradient(x, kernel, dy):
+        return jax.vjp(lambda x, k: strided_conv(x, k, stride=2, padding=1), x, kernel)[1](dy)
+
+    traced = jax.jit(gradient).trace(x, kernel, dy)
+    convolutions = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("convolution(")
+        for platform in ("cpu", "tpu")
+    }
+    assert convolutions == {"cpu": 0, "tpu": 2}
