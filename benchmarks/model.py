@@ -44,6 +44,8 @@ class Options:
     """Compute in bfloat16 rather than float32."""
     use_checkpoint: bool = False
     """Recompute each block in the backward pass."""
+    scan_blocks: bool = False
+    """Compile the equal blocks of a stage once, as a loop."""
     rounds: int = 5
     """Times each case runs."""
     peer: Path | None = None
@@ -107,6 +109,7 @@ def main(options: Options) -> None:
             image_size=options.image_size,
             use_checkpoint=options.use_checkpoint,
         )
+        model = model.clone(scan_blocks=options.scan_blocks)
         shape = (1, options.image_size, options.image_size, 3)
         # Two operations a multiply-add.
         flops = 2 * sum(part.flops for part in summarize(model.config, options.image_size))
