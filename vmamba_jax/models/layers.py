@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vmamba_jax import ops
 from vmamba_jax.ops.layer_norm import EPSILON
-from vmamba_jax.typing import Array, Dtype, FeatureMap, Images, ResampledMap
+from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Images, ResampledMap
 
 
 def gelu(x: Array) -> Array:
@@ -60,10 +60,19 @@ def dtypes_of(module: Any) -> dict[str, Any]:
 
 
 def dense(
-    features: int, *, dtype: Dtype, param_dtype: Dtype, use_bias: bool = True, name: str
-) -> nn.Dense:
-    """A linear layer with VMamba's initial values."""
-    return nn.Dense(
+    x: Float[Array, "... C"],
+    features: int,
+    *,
+    dtype: Dtype,
+    param_dtype: Dtype,
+    use_bias: bool = True,
+    name: str,
+) -> Float[Array, "... c"]:
+    """A linear layer with VMamba's initial values, within a compact method.
+
+    As a matrix of rows: XLA for CPU copies the operand of a fused product that has more axes.
+    """
+    layer = nn.Dense(
         features,
         use_bias,
         dtype=dtype,
@@ -71,6 +80,7 @@ def dense(
         kernel_init=linear_init,
         name=name,
     )
+    return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
 
 
 def conv(
@@ -237,12 +247,13 @@ class PatchMerging(nn.Module):
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(*x.shape[:2], x.shape[3], 4 * channels)
         x = norm(self.norm_layer, train, self.param_dtype, "norm")(x)
         return dense(
+            x,
             self.features,
             use_bias=False,
             name="reduction",
             dtype=jnp.float32,
             param_dtype=self.param_dtype,
-        )(x)
+        )
 
 
 class ConvDownsample(nn.Module):
@@ -297,9 +308,9 @@ class Mlp(nn.Module):
         """Maps each position by itself; the shape stays."""
         dtypes = dtypes_of(self)
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        hidden = dense(self.hidden_features, name="fc1", **dtypes)(x)
+        hidden = dense(x, self.hidden_features, name="fc1", **dtypes)
         hidden = drop(activations[self.act_layer](hidden))
-        return drop(dense(x.shape[-1], name="fc2", **dtypes)(hidden))
+        return drop(dense(hidden, x.shape[-1], name="fc2", **dtypes))
 
 
 class GatedMlp(nn.Module):
@@ -323,7 +334,8 @@ class GatedMlp(nn.Module):
     def __call__(self, x: FeatureMap, train: bool = False) -> FeatureMap:
         """Maps each position by itself; the shape stays."""
         dtypes = dtypes_of(self)
-        both = dense(2 * self.hidden_features, name="fc1", **dtypes)(x)
+        both = dense(x, 2 * self.hidden_features, name="fc1", **dtypes)
         hidden, gate = jnp.split(both, 2, axis=-1)
-        out = dense(x.shape[-1], name="fc2", **dtypes)(hidden * activations[self.act_layer](gate))
+        hidden = hidden * activations[self.act_layer](gate)
+        out = dense(hidden, x.shape[-1], name="fc2", **dtypes)
         return nn.Dropout(self.dropout, deterministic=not train)(out)

@@ -89,7 +89,7 @@ class SS2D(nn.Module):
         channels = x.shape[-1]
         inner = int(self.ssm_ratio * channels)
 
-        x = dense(inner * (1 + variant.gate), use_bias=False, name="in_proj", **dtypes)(x)
+        x = dense(x, inner * (1 + variant.gate), use_bias=False, name="in_proj", **dtypes)
         gate = None
         if variant.gate:
             x, gate = jnp.split(x, 2, axis=-1)
@@ -103,7 +103,7 @@ class SS2D(nn.Module):
         y = self._out_norm(y, variant.out_norm)
         y = activations["gelu"](y) if variant.out_act else y
         y = y if gate is None else y * gate
-        y = dense(channels, use_bias=False, name="out_proj", **dtypes)(y)
+        y = dense(y, channels, use_bias=False, name="out_proj", **dtypes)
         return nn.Dropout(self.dropout, deterministic=not train)(y)
 
     def _rank(self, channels: int) -> int:

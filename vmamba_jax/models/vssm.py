@@ -190,8 +190,12 @@ class VSSM(nn.Module):
         if config.num_classes == 0:
             return pooled
         return dense(
-            config.num_classes, dtype=jnp.float32, param_dtype=self.param_dtype, name="head"
-        )(pooled)
+            pooled,
+            config.num_classes,
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
+            name="head",
+        )
 
     def features(
         self,
