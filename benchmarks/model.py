@@ -8,6 +8,7 @@ It runs in a process of its own, in turn with ours, and may have its own Python 
 """
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -97,6 +98,9 @@ def accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[...,
 
 def main(options: Options) -> None:
     """Times every model and batch and reports."""
+    for batch, parts in itertools.product(options.batches, options.accumulation_steps):
+        if parts < 1 or batch % parts:
+            raise SystemExit(f"accumulation_steps {parts} does not divide the batch {batch}")
     peer = Peer(options) if options.peer else None
     dtype = jnp.bfloat16 if options.bfloat16 else jnp.float32
     matmul, operations = matmul_run()
