@@ -8,7 +8,7 @@ of size (B, L, K, C, N) exists but for one chunk (Mamba's kernel does the same: 
 "Mamba", 2023, section 3.3.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -73,7 +73,9 @@ def _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan):
 
     def scan(*inputs: Array, sequences: int):
         carry = (jnp.zeros_like(weights.A), ())
-        return _scan_chunks(advance, carry, inputs, chunk, reverse, sequences)
+        # Delta, which nobody else may need, makes room for y.
+        over = 1 if delta.dtype == u.dtype else None
+        return _scan_chunks(advance, carry, inputs, chunk, reverse, sequences, over)
 
     pad, unpad = _padding(u.shape[1], chunk, reverse)
     (y, entering), _ = plan.over_batch(scan)(*pad(u, delta, B, C))
@@ -191,6 +193,7 @@ def _scan_chunks(
     chunk: int,
     reverse: bool,
     sequences: int,
+    over: int | None = None,
 ) -> tuple[tuple[Array, ...], Any]:
     """`jax.lax.scan` over chunks of the first axis, cut out of the arrays where they lie.
 
@@ -204,13 +207,15 @@ def _scan_chunks(
         chunk: steps of a chunk.
         reverse: whether the last chunk comes first.
         sequences: how many of one length lie end to end; each begins with a state of zero.
+        over: number of the array whose place the first result takes, chunk by chunk, if they have
+            one shape and dtype. Otherwise it fills zeros: one more array to allocate and write.
 
     Returns:
         The results and the total.
     """
     count = arrays[0].shape[0] // chunk
 
-    def cut(now: Any) -> tuple[Array, ...]:
+    def cut(arrays: Sequence[Array], now: Any) -> tuple[Array, ...]:
         sizes = (a.shape[0] // count for a in arrays)
         return tuple(
             jax.lax.dynamic_slice_in_dim(a, now * size, size)
@@ -222,14 +227,17 @@ def _scan_chunks(
         now = count - 1 - i if reverse else i
         if sequences > 1:
             state = jnp.where(i % (count // sequences) == 0, 0, state)
-        carry, parts = advance((state, total), cut(now))
+        inputs = [results[0] if j == over else a for j, a in enumerate(arrays)]
+        carry, parts = advance((state, total), cut(inputs, now))
         return carry, tuple(
             jax.lax.dynamic_update_slice_in_dim(whole, part, now * part.shape[0], 0)
             for whole, part in zip(results, parts, strict=True)
         )
 
-    parts = jax.eval_shape(lambda carry: advance(carry, cut(0))[1], carry)
+    parts = jax.eval_shape(lambda carry: advance(carry, cut(arrays, 0))[1], carry)
     results = tuple(jnp.zeros((count * p.shape[0], *p.shape[1:]), p.dtype) for p in parts)
+    if over is not None:
+        results = (arrays[over], *results[1:])
     (_, total), results = jax.lax.fori_loop(0, count, body, (carry, results))
     return results, total
 

@@ -1,6 +1,6 @@
 """SS2D's core on a feature map: project, scan along the routes, merge. Pure functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,26 +46,34 @@ def selective_scan_2d(
         ValueError: for an unknown order or implementation.
     """
     decay_rate = -jnp.exp(A_logs.astype(jnp.float32))
-    weights = (x_proj, dt_proj, dt_bias, decay_rate, D)
 
-    def scan(layouts: Array, weights: tuple[Array, ...], forward: int) -> tuple[Array, Array]:
-        return _scan_both_ways(layouts, weights, forward, force_fp32, implementation)
+    def scan(route: int, x: Array, projected: Array, reverse: bool) -> Array:
+        rank, states = dt_proj.shape[-1], decay_rate.shape[-1]
+        dt, b, c = jnp.split(projected, (rank, rank + states), axis=-1)
+        delta = _rows_times(dt, dt_proj[route].T)
+        u, delta, b, c = (a[:, :, None] for a in (x, delta, b, c))
+        if force_fp32:
+            u, delta, b, c = (a.astype(jnp.float32) for a in (u, delta, b, c))
+        a, skip, bias = (w[route : route + 1] for w in (decay_rate, D, dt_bias))
+        y = selective_scan(
+            u, delta, a, b, c, skip, bias, reverse=reverse, implementation=implementation
+        )
+        return y[:, :, 0].astype(jnp.float32)
 
-    batch, height, width, channels = x.shape
     if order != "cascade2d":
-        ahead, back = scan(to_layouts(x, order), weights, routes_of(order).forward)
-        return from_layouts(ahead + back, height, width, order)
+        return _over_routes(x, x_proj, order, scan)
 
-    def scan_lines(lines: Array, weights: tuple[Array, ...]) -> Array:
+    def scan_lines(lines: Array, first: int) -> Array:
         # The original adds the two passes as they leave the scan, the second one still in its
         # own reading order; weights trained with it depend on that.
-        ahead, back = scan(lines[:, :, None], weights, 1)
-        return (ahead + back[:, ::-1])[:, :, 0]
+        projected = _project(lines, x_proj[first : first + 2])
+        ahead = scan(first, lines, projected[..., 0, :], False)
+        return ahead + scan(first + 1, lines, projected[..., 1, :], True)[:, ::-1]
 
-    for_rows, for_columns = (tuple(w[k : k + 2] for w in weights) for k in (0, 2))
-    y = scan_lines(_standardise(x).reshape(batch * height, width, channels), for_rows)
+    batch, height, width, channels = x.shape
+    y = scan_lines(_standardise(x).reshape(batch * height, width, channels), 0)
     columns = _standardise(y.reshape(x.shape).astype(x.dtype)).swapaxes(1, 2)
-    y = scan_lines(columns.reshape(batch * width, height, channels), for_columns)
+    y = scan_lines(columns.reshape(batch * width, height, channels), 2)
     return y.reshape(batch, width, height, channels).swapaxes(1, 2)
 
 
@@ -92,52 +100,53 @@ def ssd_2d(
         The merged map, in float32.
     """
     decay_rate = -jnp.exp(A_logs.astype(jnp.float32))
-    layouts = to_layouts(x, order)
+
+    def scan(route: int, x: Array, projected: Array, reverse: bool) -> Array:
+        heads = A_logs.shape[-1]
+        states = (projected.shape[-1] - heads) // 2
+        dt, b, c = jnp.split(projected, (heads, heads + states), axis=-1)
+        u = x.reshape(*x.shape[:2], *D.shape[1:])
+        u, dt, b, c = (a[:, :, None] for a in (u, dt, b, c))
+        a, skip, bias = (w[route : route + 1] for w in (decay_rate, D, dt_bias))
+        y = ssd(u, dt, a, b, c, skip, bias, reverse=reverse)
+        return y.reshape(x.shape).astype(jnp.float32)
+
+    return _over_routes(x, x_proj, order, scan)
+
+
+def _over_routes(
+    x: FeatureMap,
+    x_proj: Float[Array, "K E C"],
+    order: str,
+    scan: Callable[[int, Array, Array, bool], Array],
+) -> FeatureMap:
+    """Projects the map for all its routes, scans them one by one, and adds them up on the map.
+
+    One by one, as a stack of them would be a copy of the map for each; and projected before it is
+    read along them, in one product. `scan` takes a route's number, its sequence, what that
+    projects to (B, L, E), and whether to run in reverse; it returns (B, L, C).
+    """
     forward, _ = routes_of(order)
-    merged = jnp.zeros((), jnp.float32)
-    for part, reverse in ((slice(None, forward), False), (slice(forward, None), True)):
-        u, dt, b, c = _project(layouts, x_proj[part], A_logs.shape[1])
-        heads = u.reshape(*u.shape[:3], *D.shape[1:])
-        y = ssd(heads, dt, decay_rate[part], b, c, D[part], dt_bias[part], reverse=reverse)
-        merged = merged + y.reshape(u.shape).astype(jnp.float32)
-    return from_layouts(merged, x.shape[1], x.shape[2], order)
+    layouts = to_layouts(x, order)
+    projected = _project(x, x_proj)
+    results = []
+    for k in range(x_proj.shape[0]):
+        g = k % len(layouts)
+        projection = to_layouts(projected[..., k, :], order)[g]
+        results.append(scan(k, layouts[g], projection, k >= forward))
+    return from_layouts(results, x.shape[1], x.shape[2], order)
 
 
-def _scan_both_ways(
-    layouts: Float[Array, "B L G C"],
-    weights: tuple[Array, ...],
-    forward: int,
-    force_fp32: bool,
-    implementation: str | Sequence[str] | None,
-) -> tuple[Float[Array, "B L G C"], Float[Array, "B L G C"]]:
-    """Scans the first `forward` routes ahead and the others in reverse; adds routes per layout."""
-
-    def scan(part: slice, reverse: bool) -> Array:
-        x_proj, dt_proj, dt_bias, decay_rate, D = (w[part] for w in weights)
-        if not x_proj.shape[0]:
-            return jnp.zeros(layouts.shape, jnp.float32)
-        u, dt, b, c = _project(layouts, x_proj, dt_proj.shape[-1])
-        delta = jnp.einsum("blkr,kcr->blkc", dt, dt_proj)
-        if force_fp32:
-            u, delta, b, c = (a.astype(jnp.float32) for a in (u, delta, b, c))
-        y = selective_scan(
-            u, delta, decay_rate, b, c, D, dt_bias, reverse=reverse, implementation=implementation
-        ).astype(jnp.float32)
-        return y if layouts.shape[2] > 1 else y.sum(axis=2, keepdims=True)
-
-    return scan(slice(None, forward), False), scan(slice(forward, None), True)
+def _project(x: Float[Array, "... C"], x_proj: Float[Array, "K E C"]) -> Float[Array, "... K E"]:
+    """What each position projects to, for each route."""
+    routes, size, channels = x_proj.shape
+    projected = _rows_times(x, x_proj.reshape(routes * size, channels).T)
+    return projected.reshape(*x.shape[:-1], routes, size)
 
 
-def _project(
-    layouts: Float[Array, "B L G C"], x_proj: Float[Array, "K E C"], rank: int
-) -> tuple[Float[Array, "B L K C"], Array, Array, Array]:
-    """Each route's input, and its delta (before the lift), B and C."""
-    batch, length, _, channels = layouts.shape
-    u = jnp.broadcast_to(layouts, (batch, length, x_proj.shape[0], channels))
-    projected = jnp.einsum("blkc,krc->blkr", u, x_proj)
-    states = (x_proj.shape[1] - rank) // 2
-    dt, b, c = jnp.split(projected, (rank, rank + states), axis=-1)
-    return u, dt, b, c
+def _rows_times(x: Float[Array, "... C"], matrix: Float[Array, "C P"]) -> Float[Array, "... P"]:
+    # A matrix of rows: XLA for CPU copies the operand of a fused product that has more axes.
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])
 
 
 def _standardise(x: FeatureMap) -> FeatureMap:

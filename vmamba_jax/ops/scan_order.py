@@ -6,6 +6,9 @@ between the map and its layouts without a reversed copy, since a scan can run in
 `cross_scan` and `cross_merge` are the same traversals with every route spelled out.
 """
 
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -42,29 +45,33 @@ def routes_of(order: str) -> Routes:
     return ROUTES[order]
 
 
-def to_layouts(x: FeatureMap, order: str = "cross2d") -> Float[Array, "B L G C"]:
-    """The distinct sequences of a traversal, G = 1 or 2; the reverse routes read them backwards."""
+def to_layouts(x: FeatureMap, order: str = "cross2d") -> tuple[Float[Array, "B L C"], ...]:
+    """The distinct sequences of a traversal, G = 1 or 2.
+
+    Route k reads sequence ``k % G``; a reverse route reads it backwards.
+    """
     routes_of(order)
     batch, height, width, channels = x.shape
+    shape = (batch, height * width, channels)
     if order in ("unidi", "bidi"):
-        return x.reshape(batch, height * width, 1, channels)
+        return (x.reshape(shape),)
     # Turned by 90 degrees, a map's rows are its columns from last to first.
     columns = (x if order == "cross2d" else x[:, :, ::-1]).swapaxes(1, 2)
-    shape = (batch, height * width, channels)
-    return jnp.stack([x.reshape(shape), columns.reshape(shape)], axis=2)
+    return x.reshape(shape), columns.reshape(shape)
 
 
 def from_layouts(
-    y: Float[Array, "B L G C"], height: int, width: int, order: str = "cross2d"
+    routes: Sequence[Float[Array, "B L C"]], height: int, width: int, order: str = "cross2d"
 ) -> FeatureMap:
-    """Adds the layouts up on the map: the transpose of `to_layouts`."""
+    """Adds K sequences up on the map, each of them in the order of its layout (none reversed)."""
     routes_of(order)
-    batch, _, _, channels = y.shape
-    rows = y[:, :, 0].reshape(batch, height, width, channels)
+    batch, _, channels = routes[0].shape
     if order in ("unidi", "bidi"):
-        return rows
-    columns = y[:, :, 1].reshape(batch, width, height, channels).swapaxes(1, 2)
-    return rows + (columns if order == "cross2d" else columns[:, :, ::-1])
+        return reduce(add, routes).reshape(batch, height, width, channels)
+    rows, columns = (reduce(add, routes[g::2]) for g in (0, 1))
+    columns = columns.reshape(batch, width, height, channels).swapaxes(1, 2)
+    columns = columns if order == "cross2d" else columns[:, :, ::-1]
+    return rows.reshape(batch, height, width, channels) + columns
 
 
 def cross_scan(x: FeatureMap, order: str = "cross2d") -> Float[Array, "B L K C"]:
@@ -75,9 +82,8 @@ def cross_scan(x: FeatureMap, order: str = "cross2d") -> Float[Array, "B L K C"]
     """
     forward, reverse = routes_of(order)
     layouts = to_layouts(x, order)
-    batch, length, _, channels = layouts.shape
-    ahead = jnp.broadcast_to(layouts, (batch, length, max(forward, reverse), channels))
-    return jnp.concatenate([ahead[:, :, :forward], ahead[:, ::-1, :reverse]], axis=2)
+    routes = [layouts[k % len(layouts)] for k in range(forward + reverse)]
+    return jnp.stack(routes[:forward] + [r[:, ::-1] for r in routes[forward:]], axis=2)
 
 
 def cross_merge(
@@ -88,10 +94,6 @@ def cross_merge(
     Raises:
         ValueError: for an unknown order.
     """
-    forward, reverse = routes_of(order)
-    ahead = y[:, :, :forward]
-    if reverse:
-        ahead = ahead + y[:, ::-1, forward:]
-    if order in ("unidi", "bidi"):
-        ahead = ahead.sum(axis=2, keepdims=True)
-    return from_layouts(ahead, height, width, order)
+    forward, _ = routes_of(order)
+    routes = [y[:, :, k] if k < forward else y[:, ::-1, k] for k in range(y.shape[2])]
+    return from_layouts(routes, height, width, order)
