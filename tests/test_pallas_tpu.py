@@ -13,6 +13,8 @@ from vmamba_jax.ops import _pallas_tpu, _reference, selective_scan
 
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
+RANK = 3  # of the projection that lifts delta
+
 
 def make_inputs(batch, length, routes, channels, states, dtype=jnp.float32):
     rng = np.random.default_rng(0)
@@ -25,12 +27,13 @@ def make_inputs(batch, length, routes, channels, states, dtype=jnp.float32):
     weights = (routes, channels)
     return (
         normal(*wide),
-        normal(*wide) - 1,
+        normal(*wide[:-1], RANK) - 1,
         -jnp.exp(normal(*weights, states, dtype=jnp.float32)),
         normal(*narrow),
         normal(*narrow),
         normal(*weights, dtype=jnp.float32),
         normal(*weights, dtype=jnp.float32),
+        normal(*weights, RANK, dtype=jnp.float32),
     )
 
 
@@ -70,7 +73,7 @@ def test_every_device_of_a_mesh_scans_its_part_of_the_batch(batch):
     # A batch that can't be split is scanned whole by each.
     split = ("data",) if batch % 2 == 0 else ()
     by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (split, ()))
-    layout = (by_batch, by_batch, whole, by_batch, by_batch, whole, whole)
+    layout = (by_batch, by_batch, whole, by_batch, by_batch, whole, whole, whole)
     kernel = partial(_pallas_tpu.selective_scan, interpret=True)
     run = jit(output_and_gradients, static_argnums=(0, 3, 4))
     expected = run(kernel, inputs, dy, True, False)
@@ -103,7 +106,7 @@ def tpus():
 def test_tpu_compiler_takes_the_kernels_on_a_mesh(tpus, shape, dtype):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=tpus)
     by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-    batched = (True, True, False, True, True, False, False)
+    batched = (True, True, False, True, True, False, False, False)
 
     def abstract(a, sharding):
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
@@ -129,4 +132,4 @@ def test_tpu_compiler_takes_the_kernels_on_a_mesh(tpus, shape, dtype):
 
 def test_without_a_tpu_the_error_names_what_runs():
     with pytest.raises(NotImplementedError, match="sequential"):
-        selective_scan(*make_inputs(1, 4, 2, 3, 1), implementation="pallas_tpu")
+        selective_scan(*make_inputs(1, 4, 2, RANK, 1)[:-1], implementation="pallas_tpu")

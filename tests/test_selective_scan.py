@@ -11,19 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vmamba_jax.ops import IMPLEMENTATIONS, default_implementation, selective_scan
 
 # These arrays are tiny: compiling takes far longer than running, whatever LLVM's effort.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SCAN = jit(selective_scan, static_argnames=("delta_softplus", "reverse", "implementation"))
-ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "delta_bias")
 
 
-def make_inputs(length, states, *, batch=2, routes=2, channels=5, seed=0):
-    rng = np.random.default_rng(seed)
+def make_inputs(length, states, *, batch=2, routes=2, channels=5, rank=None):
+    """With a `rank`, delta has that many channels, and a projection to lift it."""
+    rng = np.random.default_rng(0)
     shape = (batch, length, routes, channels)
-    return {
+    inputs = {
         "u": rng.normal(size=shape),
         "delta": rng.normal(size=shape) - 1.0,
         "A": -np.exp(rng.normal(size=(routes, channels, states))),
@@ -32,10 +33,16 @@ def make_inputs(length, states, *, batch=2, routes=2, channels=5, seed=0):
         "D": rng.normal(size=(routes, channels)),
         "delta_bias": 0.5 * rng.normal(size=(routes, channels)),
     }
+    if rank is not None:
+        inputs["delta"] = rng.normal(size=(batch, length, routes, rank))
+        inputs["delta_proj"] = rng.normal(size=(routes, channels, rank))
+    return inputs
 
 
-def recurrence(u, delta, A, B, C, D, delta_bias, *, softplus=True, reverse=False):
+def recurrence(u, delta, A, B, C, D, delta_bias, delta_proj=None, *, softplus=True, reverse=False):
     """The definition, element by element in float64."""
+    if delta_proj is not None:
+        delta = np.einsum("blkr,kcr->blkc", delta, delta_proj)
     step = delta + (0 if delta_bias is None else delta_bias)
     step = np.logaddexp(step, 0) if softplus else step
     y = np.zeros_like(u)
@@ -64,9 +71,12 @@ def implementation(request):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("length", "states"), [(1, 3), (64, 1), (131, 16)])  # 131 is prime
-def test_forward_equals_the_recurrence(implementation, length, states, reverse):
-    inputs = make_inputs(length, states)
+@pytest.mark.parametrize(
+    ("length", "states", "rank", "routes"),
+    [(1, 3, None, 2), (64, 1, None, 2), (131, 16, None, 1), (131, 3, 2, 2)],  # 131 is prime
+)
+def test_forward_equals_the_recurrence(implementation, length, states, rank, routes, reverse):
+    inputs = make_inputs(length, states, rank=rank, routes=routes)
     expected = recurrence(**inputs, reverse=reverse)
     arrays = in_dtype(inputs, jnp.float32)
     actual = SCAN(**arrays, reverse=reverse, implementation=implementation)
@@ -74,11 +84,17 @@ def test_forward_equals_the_recurrence(implementation, length, states, reverse):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "states", "reverse"),
-    [(jnp.float32, 16, False), (jnp.float32, 1, True), (jnp.bfloat16, 16, True)],
+    ("dtype", "states", "rank", "routes", "reverse"),
+    [
+        (jnp.float32, 16, None, 2, False),
+        (jnp.float32, 1, None, 1, True),
+        (jnp.float32, 3, 2, 1, False),
+        (jnp.float32, 1, 2, 2, True),
+        (jnp.bfloat16, 16, 2, 2, True),
+    ],
 )
-def test_every_gradient_equals_the_reference(implementation, dtype, states, reverse):
-    inputs = in_dtype(make_inputs(131, states, batch=1), dtype)
+def test_every_gradient_equals_the_reference(implementation, dtype, states, rank, routes, reverse):
+    inputs = in_dtype(make_inputs(131, states, rank=rank, routes=routes), dtype)
     probe = jnp.asarray(np.random.default_rng(1).normal(size=inputs["u"].shape), jnp.float32)
 
     @partial(jit, static_argnums=1)
@@ -92,13 +108,14 @@ def test_every_gradient_equals_the_reference(implementation, dtype, states, reve
     expected = gradients(wide, "reference")
     actual = gradients(inputs, implementation)
     tolerance = 2e-5 if dtype == jnp.float32 else 1.5e-2
-    for name in ARGUMENTS:
+    for name in inputs:
         assert actual[name].dtype == inputs[name].dtype, name
         assert relative_error(actual[name], expected[name]) < tolerance, name
 
 
-def test_gradients_equal_finite_differences_in_float64(implementation):
-    inputs = make_inputs(13, 3, batch=1)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_gradients_equal_finite_differences_in_float64(implementation, rank):
+    inputs = make_inputs(13, 3, batch=1, rank=rank)
     rng = np.random.default_rng(1)
     probe = rng.normal(size=inputs["u"].shape)
 
@@ -109,7 +126,7 @@ def test_gradients_equal_finite_differences_in_float64(implementation):
         return (y * jnp.asarray(probe, jnp.float32)).sum()
 
     actual = gradients(in_dtype(inputs, jnp.float32))
-    for name in ARGUMENTS:
+    for name in inputs:
         direction = rng.normal(size=inputs[name].shape)
         ahead, behind = (
             (recurrence(**{**inputs, name: inputs[name] + step * direction}) * probe).sum()
@@ -130,7 +147,7 @@ def test_bfloat16_output_is_within_rounding_of_float32(implementation):
 
 
 def test_an_empty_batch_gives_an_empty_result(implementation):
-    inputs = in_dtype(make_inputs(8, 3, batch=0), jnp.float32)
+    inputs = in_dtype(make_inputs(8, 3, batch=0, rank=2), jnp.float32)
 
     @jax.grad
     def gradients(inputs):
@@ -158,6 +175,29 @@ def test_the_states_of_all_steps_never_exist_at_once(implementation, length, cha
     assert len(shapes) > 10
     largest = max(math.prod(map(int, shape.split("x")[:-1])) for shape in shapes)
     assert largest <= routes * channels * states * max(length // 2, 1)
+
+
+def test_devices_scan_their_part_of_a_batch_without_gathering_it():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    inputs = in_dtype(make_inputs(131, 3, batch=4, rank=2), jnp.float32)
+    by_batch, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    arrays = ("u", "delta", "B", "C")
+
+    @jit
+    @jax.grad
+    def gradients(inputs):
+        return (selective_scan(**inputs, implementation="associative") ** 2).sum()
+
+    expected = gradients(inputs)
+    inputs = {k: jax.device_put(v, by_batch if k in arrays else whole) for k, v in inputs.items()}
+    program = gradients.lower(inputs).compile().as_text()
+    assert program is not None
+    assert "all-reduce" in program  # what the weights' gradients need
+    assert "all-gather" not in program
+    actual = gradients(inputs)
+    for name in inputs:
+        assert relative_error(actual[name], expected[name]) < 2e-6, name
+        assert actual[name].sharding.is_equivalent_to(inputs[name].sharding, actual[name].ndim)
 
 
 @pytest.mark.parametrize("step", [1e-6, 1.0, 1e3])
@@ -234,3 +274,8 @@ def test_shapes_that_do_not_fit_are_named():
     arrays = in_dtype(make_inputs(4, 2), jnp.float32)
     with pytest.raises(ValueError, match=r"B must be \(2, 4, 2, 2\)"):
         inspect.unwrap(selective_scan)(**{**arrays, "B": arrays["B"][..., :1]})
+    arrays = in_dtype(make_inputs(4, 2, rank=3), jnp.float32)
+    with pytest.raises(ValueError, match=r"delta must be \(2, 4, 2, 3\)"):
+        inspect.unwrap(selective_scan)(**{**arrays, "delta": arrays["u"]})
+    with pytest.raises(ValueError, match=r"delta_proj must be \(2, 5, 3\)"):
+        inspect.unwrap(selective_scan)(**{**arrays, "delta_proj": arrays["delta_proj"][:, 1:]})

@@ -4,11 +4,8 @@ Two steps h -> a1 h + b1 and h -> a2 h + b2 compose to h -> (a2 a1) h + (a2 b1 +
 associative (Blelloch, "Prefix sums and their applications", 1990).
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import jax
+import jax.numpy as jnp
 
 from vmamba_jax.ops._chunked import Plan, chunked_scan
 from vmamba_jax.typing import Array, Float
@@ -16,17 +13,18 @@ from vmamba_jax.typing import Array, Float
 
 def selective_scan(
     u: Float[Array, "B L K C"],
-    delta: Float[Array, "B L K C"],
+    delta: Float[Array, "B L K C_or_R"],
     A: Float[Array, "K C N"],
     B: Float[Array, "B L K N"],
     C: Float[Array, "B L K N"],
     D: Float[Array, "K C"] | None,
     delta_bias: Float[Array, "K C"] | None,
+    delta_proj: Float[Array, "K C R"] | None,
     delta_softplus: bool,
     reverse: bool,
 ) -> Float[Array, "B L K C"]:
     """See `vmamba_jax.ops.selective_scan`."""
-    return chunked_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, PLAN)
+    return chunked_scan(u, delta, A, B, C, D, delta_bias, delta_proj, delta_softplus, reverse, PLAN)
 
 
 def _compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -36,12 +34,13 @@ def _compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[A
 
 def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> Array:
     product, after = jax.lax.associative_scan(_compose, (decay, drive), reverse=reverse)
-    return product * start[None] + after
+    states = product * start[None] + after
+    return jnp.concatenate([states, start[None]] if reverse else [start[None], states])
 
 
-def _together(scan: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.vmap(partial(scan, sequences=1))
+def _block(batch: int, states: int) -> tuple[int, int]:
+    """All images at once, as a GPU wants them; of a wide state few steps, 2 MB an image."""
+    return max(batch, 1), min(64, max(8, 2**19 // states))
 
 
-# All images at once, as a GPU wants them; of a wide state few steps, 2 MB an image, at a time.
-PLAN = Plan(_recurrence, _together, chunk=lambda states: min(64, max(8, 2**19 // states)))
+PLAN = Plan(_recurrence, _block)

@@ -6,10 +6,14 @@ visits the chunks in the opposite order, recomputes a chunk's states from the on
 and runs the adjoint recurrence, which is the same recurrence in the opposite direction. Nothing
 of size (B, L, K, C, N) exists but for one chunk (Mamba's kernel does the same: Gu and Dao,
 "Mamba", 2023, section 3.3.2).
+
+A chunk is a block of some steps T of some batch elements G, steps first, so that what the
+recurrence does in one step lies side by side.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
+from functools import partial, reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import jax
@@ -22,120 +26,124 @@ from vmamba_jax.typing import Array, Float
 class Plan(NamedTuple):
     """How an implementation computes what all of them share (hashable, static)."""
 
-    recurrence: Callable[..., Array]
-    """(decay, drive (T, ...), start (...), reverse) -> the states (T, ...) after each step of
-    ``h -> decay h + drive``."""
-    over_batch: Callable[[Callable[..., Any]], Callable[..., Any]]
-    """Lifts ``scan(*arrays (steps, ...), sequences=1) -> (results (steps, ...), totals)``, which
-    takes sequences laid end to end, to arrays (B, L, ...), results (B, L, ...) and totals
-    (any, ...) that are left to add up."""
-    chunk: Callable[[int], int]
-    """Number of states of one batch element -> the most steps a chunk may have."""
+    recurrence: Callable[[Array, Array, Array, bool], Array]
+    """(decay, drive (T, ...), start (...), reverse) -> states (T + 1, ...): `start`, then the state
+    after each step of ``h -> decay h + drive``; in reverse from the last row to the first."""
+    block: Callable[[int, int], tuple[int, int]]
+    """(batch, number of states of one batch element) -> G, a divisor of the batch, and the most
+    steps T that a chunk may have."""
 
 
 class _Weights(NamedTuple):
-    A: Float[Array, "K N C"]  # channels last: the longest axis is the contiguous one
-    D: Float[Array, "K C"] | None
-    bias: Float[Array, "K C"] | None
+    """In float32, channels last: the longest axis is the contiguous one."""
+
+    A: Float[Array, "*K N C"]
+    D: Float[Array, "*K C"] | None
+    bias: Float[Array, "*K C"] | None
+    proj: Float[Array, "*K R C"] | None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def chunked_scan(
     u: Float[Array, "B L K C"],
-    delta: Float[Array, "B L K C"],
+    delta: Float[Array, "B L K C_or_R"],
     A: Float[Array, "K C N"],
     B: Float[Array, "B L K N"],
     C: Float[Array, "B L K N"],
     D: Float[Array, "K C"] | None,
     delta_bias: Float[Array, "K C"] | None,
+    delta_proj: Float[Array, "K C R"] | None,
     delta_softplus: bool,
     reverse: bool,
     plan: Plan,
 ) -> Float[Array, "B L K C"]:
     """See `vmamba_jax.ops.selective_scan`."""
-    return _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan)[0]
+    arrays, weights = (u, delta, B, C), (A, D, delta_bias, delta_proj)
+    if u.shape[0] == 0:
+        return jnp.zeros_like(u)
+    if u.shape[2] > 1:
+        return _scan(arrays, weights, delta_softplus, reverse, plan)
+    # XLA for CPU copies an array that has an axis of length one to give that another place.
+    arrays = tuple(a.squeeze(2) for a in arrays)
+    weights = tuple(None if a is None else a.squeeze(0) for a in weights)
+    return jnp.expand_dims(_scan(arrays, weights, delta_softplus, reverse, plan), 2)
 
 
-def _forward(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, plan):
-    weights = _wide(A, D, delta_bias)
-    chunk = chunk_length(u.shape[1], plan.chunk(weights.A.size))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _scan(arrays, weights, delta_softplus, reverse, plan) -> Float[Array, "B L *K C"]:
+    """`arrays` are u, delta, B and C, (B, L, *K, ...); `weights` A, D, delta_bias, delta_proj."""
+    return _forward(arrays, weights, delta_softplus, reverse, plan)[0]
+
+
+def _forward(arrays, weights, delta_softplus, reverse, plan):
+    wide_weights = _wide(*weights)
+    group, steps = _block(arrays[0], wide_weights, plan)
 
     def advance(carry: tuple[Array, tuple[()]], now: tuple[Array, ...]):
-        h, total = carry
-        wide = tuple(a.astype(jnp.float32) for a in now)
-        u, _, _, C = wide
-        _, _, decay, drive = _discretise(wide, weights, delta_softplus)
-        states = plan.recurrence(decay, drive, h, reverse)
+        entering, total = carry
+        u, delta, B, C = (a.astype(jnp.float32) for a in now)
+        _, _, decay, drive = _discretise(u, delta, B, wide_weights, delta_softplus)
+        _, states, leaving = _states(plan, decay, drive, entering, reverse)
         y = _over_states(states, C)
-        if weights.D is not None:
-            y = y + weights.D[None] * u
-        return (states[0 if reverse else -1], total), (y.astype(now[0].dtype), h[None])
+        if wide_weights.D is not None:
+            y = y + wide_weights.D[None, None] * u
+        return (leaving, total), (y.astype(now[0].dtype), entering[None])
 
-    def scan(*inputs: Array, sequences: int):
-        carry = (jnp.zeros_like(weights.A), ())
-        # Delta, which nobody else may need, makes room for y.
-        over = 1 if delta.dtype == u.dtype else None
-        return _scan_chunks(advance, carry, inputs, chunk, reverse, sequences, over)
-
-    pad, unpad = _padding(u.shape[1], chunk, reverse)
-    (y, entering), _ = plan.over_batch(scan)(*pad(u, delta, B, C))
-    return unpad(y), (u, delta, A, B, C, D, delta_bias, entering)
+    start = jnp.zeros((group, *wide_weights.A.shape))
+    pad, unpad = _padding(arrays[0].shape[1], steps, reverse)
+    (y, entering), _ = _over_chunks(advance, (start, ()), pad(*arrays), steps, reverse)
+    return unpad(y), (arrays, weights, entering)
 
 
 def _backward(delta_softplus, reverse, plan, residuals, dy):
-    u, delta, A, B, C, D, delta_bias, entering = residuals
-    weights = _wide(A, D, delta_bias)
-    chunk = chunk_length(u.shape[1], plan.chunk(weights.A.size))
+    arrays, weights, entering = residuals
+    wide_weights = _wide(*weights)
+    A, D, bias, proj = wide_weights
+    group, steps = _block(dy, wide_weights, plan)
 
     def retreat(carry: tuple[Array, _Weights], now: tuple[Array, ...]):
         """`after` is the gradient of the state at the chunk's end, by way of later chunks."""
         after, total = carry
-        *inputs, dy, entering = now
-        entering = entering[0]
-        wide = tuple(a.astype(jnp.float32) for a in inputs)
-        u, _, B, C = wide
-        dy = dy.astype(jnp.float32)
-        step, slope, decay, drive = _discretise(wide, weights, delta_softplus)
-        states = plan.recurrence(decay, drive, entering, reverse)
-        before = _before(states, entering, reverse)
+        *inputs, dy, (entering,) = now
+        u, delta, B, C, dy = (a.astype(jnp.float32) for a in (*inputs, dy))
+        step, slope, decay, drive = _discretise(u, delta, B, wide_weights, delta_softplus)
+        before, states, _ = _states(plan, decay, drive, entering, reverse)
         # dh[l] = C[l] dy[l] + decay[l + 1] dh[l + 1], written for decay * dh.
-        direct = dy[:, :, None] * C[..., None]
-        through = plan.recurrence(decay, decay * direct, after, not reverse)
-        dstate = direct + _before(through, after, not reverse)
-        dC = _einsum("tknc,tkc->tkn", states, dy)
-        dB = _einsum("tknc,tkc->tkn", dstate, step * u)
+        direct = dy[..., None, :] * C[..., None]
+        later, through, first = _states(plan, decay, decay * direct, after, not reverse)
+        dstate = direct + later
         ddrive = _over_states(dstate, B)  # by s * u
         ddecay = through * before  # by the exponent, s * A
-        ddelta = slope * (ddrive * u + (ddecay * weights.A[None]).sum(axis=2))
+        dstep = ddrive * u + _sum_states(ddecay * A[None, None])
+        ddelta = dlifted = slope * dstep
         du = ddrive * step
+        if D is not None:
+            du = du + D[None, None] * dy
+        if proj is not None:
+            ddelta = _einsum("tg...c,...rc->tg...r", dlifted, proj)
         gradients = _Weights(
-            A=_over_time(ddecay * step[:, :, None]),
-            D=None if weights.D is None else _over_time(dy * u),
-            bias=None if weights.bias is None else _over_time(ddelta),
+            A=_over_steps(ddecay * step[..., None, :]),
+            D=None if D is None else _over_steps(dy * u),
+            bias=None if bias is None else _over_steps(dlifted),
+            proj=None if proj is None else _einsum("tg...r,tg...c->...rc", delta, dlifted),
         )
-        if weights.D is not None:
-            du = du + weights.D[None] * dy
+        dB, dC = _over_channels(dstate, step * u), _over_channels(states, dy)
         per_step = tuple(
             d.astype(a.dtype) for d, a in zip((du, ddelta, dB, dC), inputs, strict=True)
         )
-        total = jax.tree.map(jnp.add, total, gradients)
-        return (through[-1 if reverse else 0], total), per_step
+        return (first, jax.tree.map(jnp.add, total, gradients)), per_step
 
-    def scan(*inputs: Array, sequences: int):
-        carry = (jnp.zeros_like(weights.A), jax.tree.map(jnp.zeros_like, weights))
-        return _scan_chunks(retreat, carry, inputs, chunk, not reverse, sequences)
-
-    pad, unpad = _padding(u.shape[1], chunk, reverse)
-    per_step, total = plan.over_batch(scan)(*pad(u, delta, B, C, dy), entering)
-    du, ddelta, dB, dC = map(unpad, per_step)
-    dA, dD, dbias = jax.tree.map(lambda a: a.sum(axis=0), total)
-    dA = dA.swapaxes(1, 2).astype(A.dtype)
-    dD = None if D is None else dD.astype(D.dtype)
-    dbias = None if delta_bias is None else dbias.astype(delta_bias.dtype)
-    return du, ddelta, dA, dB, dC, dD, dbias
+    start = jnp.zeros((group, *A.shape))
+    total = jax.tree.map(jnp.zeros_like, wide_weights)
+    pad, unpad = _padding(dy.shape[1], steps, reverse)
+    chunked = (*pad(*arrays, dy), entering)
+    per_step, total = _over_chunks(retreat, (start, total), chunked, steps, not reverse)
+    dproj = None if total.proj is None else total.proj.mT
+    dweights = (total.A.mT, total.D, total.bias, dproj)
+    dweights = jax.tree.map(lambda d, a: d.astype(a.dtype), dweights, weights)
+    return tuple(map(unpad, per_step)), dweights
 
 
-chunked_scan.defvjp(_forward, _backward)
+_scan.defvjp(_forward, _backward)
 
 
 def chunk_length(length: int, longest: int) -> int:
@@ -145,110 +153,134 @@ def chunk_length(length: int, longest: int) -> int:
     return next(divisors, -(-length // -(-length // longest)))
 
 
-def _wide(A: Array, D: Array | None, bias: Array | None) -> _Weights:
-    D, bias = (None if a is None else a.astype(jnp.float32) for a in (D, bias))
-    return _Weights(A.astype(jnp.float32).swapaxes(1, 2), D, bias)
+def _block(like: Array, weights: _Weights, plan: Plan) -> tuple[int, int]:
+    batch, length = like.shape[:2]
+    group, longest = plan.block(batch, weights.A.size)
+    return group, chunk_length(length, longest)
+
+
+def _wide(*weights: Array | None) -> _Weights:
+    A, D, bias, proj = jax.tree.map(lambda a: a.astype(jnp.float32), weights)
+    return _Weights(A.mT, D, bias, None if proj is None else proj.mT)
 
 
 def _discretise(
-    inputs: tuple[Array, ...], weights: _Weights, delta_softplus: bool
+    u: Array, delta: Array, B: Array, weights: _Weights, delta_softplus: bool
 ) -> tuple[Array, Array, Array, Array]:
-    """The step sizes, their slope by delta (both (T, K, C)), the decay and the drive."""
-    u, step, B, _ = inputs
+    """The step sizes, their slope by delta (both (T, G, *K, C)), the decay and the drive."""
+    step = delta
+    if weights.proj is not None:
+        step = _einsum("tg...r,...rc->tg...c", step, weights.proj)
     if weights.bias is not None:
-        step = step + weights.bias[None]
+        step = step + weights.bias[None, None]
     slope = jnp.ones_like(step)
     if delta_softplus:
         step, slope = softplus_and_slope(step)
-    decay = jnp.exp(step[:, :, None] * weights.A[None])
-    return step, slope, decay, (step * u)[:, :, None] * B[..., None]
+    decay = jnp.exp(step[..., None, :] * weights.A[None, None])
+    return step, slope, decay, (step * u)[..., None, :] * B[..., None]
 
 
-def _before(states: Array, start: Array, reverse: bool) -> Array:
-    """The states before each step, from those after it: a loop's second result costs more."""
+def _states(
+    plan: Plan, decay: Array, drive: Array, start: Float[Array, "G *K N C"], reverse: bool
+) -> tuple[Array, Array, Array]:
+    """The states before and after each step, and the last of them, which leaves the chunk."""
+    lines = (-1, start.shape[-1])  # again, no axes of length one
+    decay, drive = (a.reshape(len(a), *lines) for a in (decay, drive))
+    states = plan.recurrence(decay, drive, start.reshape(lines), reverse)
+    states = states.reshape(-1, *start.shape)
     if reverse:
-        return jnp.concatenate([states[1:], start[None]])
-    return jnp.concatenate([start[None], states[:-1]])
+        return states[1:], states[:-1], states[0]
+    return states[:-1], states[1:], states[-1]
+
+
+def _over_states(
+    a: Float[Array, "T G *K N C"], weight: Float[Array, "T G *K N"]
+) -> Float[Array, "T G *K C"]:
+    """Weighted sum; a matrix product would not fuse with what it reads."""
+    return _sum_states(a * weight[..., None])
+
+
+def _sum_states(a: Float[Array, "T G *K N C"]) -> Float[Array, "T G *K C"]:
+    """Spelled out: XLA's CPU reduction over an axis within takes as long as the whole rest."""
+    return reduce(add, (a[..., n, :] for n in range(a.shape[-2])))
 
 
 # Matrix units would round float32 to bfloat16 or TF32 unasked.
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-
-def _over_states(a: Float[Array, "T K N C"], weight: Float[Array, "T K N"]) -> Array:
-    if a.shape[2] == 1:  # as a product of arrays it fuses, as a matrix product it does not
-        return a[:, :, 0] * weight
-    return _einsum("tknc,tkn->tkc", a, weight)
+# Other sums are products with ones: XLA's CPU reductions take up to 20 times as long.
 
 
-def _over_time(a: Float[Array, "T ..."]) -> Float[Array, "..."]:
-    """Sum over the first axis, as a product with ones: XLA's CPU reduction is 20 times slower."""
-    return _einsum("t,t...->...", jnp.ones(a.shape[0]), a)
+def _over_channels(
+    a: Float[Array, "T G *K N C"], weight: Float[Array, "T G *K C"]
+) -> Float[Array, "T G *K N"]:
+    product = a * weight[..., None, :]
+    return _einsum("tg...c,c->tg...", product, jnp.ones(a.shape[-1]))
 
 
-def _scan_chunks(
+def _over_steps(a: Float[Array, "T G ..."]) -> Float[Array, "..."]:
+    return _einsum("tg,tg...->...", jnp.ones(a.shape[:2]), a)
+
+
+def _over_chunks(
     advance: Callable[..., Any],
-    carry: tuple[Array, Any],
+    carry: tuple[Float[Array, "G *K N C"], Any],
     arrays: tuple[Array, ...],
-    chunk: int,
+    steps: int,
     reverse: bool,
-    sequences: int,
-    over: int | None = None,
 ) -> tuple[tuple[Array, ...], Any]:
-    """`jax.lax.scan` over chunks of the first axis, cut out of the arrays where they lie.
+    """Chunk after chunk of each group of batch elements, cut out of the arrays where they lie.
 
-    A scan's own inputs and outputs would be copied: by `jax.vmap`, which moves the axis that is
-    scanned before the batch, and by `jax.lax.map`, element by element.
+    `jax.lax.scan` and `jax.vmap` would copy each array to bring the axis in front that is scanned.
 
     Args:
-        advance: ``((state, total), chunks) -> ((state, total), chunks of the results)``.
-        carry: the state, zero, and the total to begin with.
-        arrays: the first has `chunk` steps in each chunk, the others any number.
-        chunk: steps of a chunk.
+        advance: ``((state, total), chunks) -> ((state, total), chunks of the results)``; chunks
+            are (T, G, ...).
+        carry: the state that each group begins with, and the total to begin with.
+        arrays: (B, L, ...); the first has `steps` positions in each chunk, the others any number.
+        steps: steps of a chunk.
         reverse: whether the last chunk comes first.
-        sequences: how many of one length lie end to end; each begins with a state of zero.
-        over: number of the array whose place the first result takes, chunk by chunk, if they have
-            one shape and dtype. Otherwise it fills zeros: one more array to allocate and write.
 
     Returns:
-        The results and the total.
+        The results (B, L, ...) and the total.
     """
-    count = arrays[0].shape[0] // chunk
+    start, _ = carry
+    group = len(start)
+    batch, length = arrays[0].shape[:2]
+    count = length // steps
 
-    def cut(arrays: Sequence[Array], now: Any) -> tuple[Array, ...]:
-        sizes = (a.shape[0] // count for a in arrays)
-        return tuple(
-            jax.lax.dynamic_slice_in_dim(a, now * size, size)
-            for a, size in zip(arrays, sizes, strict=True)
-        )
+    def corner(a: Array, i: Any, now: Any) -> tuple[Any, ...]:
+        return (i * group, now * (a.shape[1] // count), *(0,) * (a.ndim - 2))
 
-    def body(i: Array, loop: tuple[tuple[Array, Any], tuple[Array, ...]]):
+    def cut(a: Array, i: Any, now: Any) -> Array:
+        size = (group, a.shape[1] // count, *a.shape[2:])
+        part = jax.lax.dynamic_slice(a, corner(a, i, now), size)
+        return part.swapaxes(0, 1)
+
+    def put(whole: Array, part: Array, i: Any, now: Any) -> Array:
+        return jax.lax.dynamic_update_slice(whole, part.swapaxes(0, 1), corner(whole, i, now))
+
+    def body(turn: Array, loop: tuple[tuple[Array, Any], tuple[Array, ...]]):
         (state, total), results = loop
-        now = count - 1 - i if reverse else i
-        if sequences > 1:
-            state = jnp.where(i % (count // sequences) == 0, 0, state)
-        inputs = [results[0] if j == over else a for j, a in enumerate(arrays)]
-        carry, parts = advance((state, total), cut(inputs, now))
-        return carry, tuple(
-            jax.lax.dynamic_update_slice_in_dim(whole, part, now * part.shape[0], 0)
-            for whole, part in zip(results, parts, strict=True)
-        )
+        i, now = turn // count, turn % count
+        state = jnp.where(now == 0, start, state)
+        now = count - 1 - now if reverse else now
+        carry, parts = advance((state, total), tuple(cut(a, i, now) for a in arrays))
+        return carry, tuple(put(w, p, i, now) for w, p in zip(results, parts, strict=True))
 
-    parts = jax.eval_shape(lambda carry: advance(carry, cut(arrays, 0))[1], carry)
-    results = tuple(jnp.zeros((count * p.shape[0], *p.shape[1:]), p.dtype) for p in parts)
-    if over is not None:
-        results = (arrays[over], *results[1:])
-    (_, total), results = jax.lax.fori_loop(0, count, body, (carry, results))
+    parts = jax.eval_shape(lambda c: advance(c, tuple(cut(a, 0, 0) for a in arrays))[1], carry)
+    results = tuple(jnp.zeros((batch, count * len(p), *p.shape[2:]), p.dtype) for p in parts)
+    (_, total), results = jax.lax.fori_loop(0, batch // group * count, body, (carry, results))
     return results, total
 
 
-def _padding(length: int, chunk: int, reverse: bool):
+def _padding(length: int, steps: int, reverse: bool):
     """Functions that fill arrays (B, L, ...) up to whole chunks, and undo it.
 
     Steps of size zero follow the sequence: they neither decay nor drive the state. Softplus would
     make them positive, but after the end that changes no output.
     """
-    padding = -length % chunk
+    padding = -length % steps
     before_after = (padding, 0) if reverse else (0, padding)
 
     def pad(*arrays: Array) -> tuple[Array, ...]:

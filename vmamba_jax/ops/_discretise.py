@@ -6,6 +6,15 @@ import jax.numpy as jnp
 from vmamba_jax.typing import Array, Float
 
 
+def lift(
+    delta: Float[Array, "B L K C_or_R"], delta_proj: Float[Array, "K C R"] | None
+) -> Float[Array, "B L K C"]:
+    """``delta_proj @ delta`` in delta's dtype; without `delta_proj`, `delta`."""
+    if delta_proj is None:
+        return delta
+    return jnp.einsum("blkr,kcr->blkc", delta, delta_proj.astype(delta.dtype))
+
+
 def step_size(
     delta: Float[Array, "B L *route"],
     delta_bias: Float[Array, "*route"] | None,

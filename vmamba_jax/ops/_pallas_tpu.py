@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from vmamba_jax.ops._chunked import chunk_length
-from vmamba_jax.ops._discretise import softplus_and_slope
+from vmamba_jax.ops._discretise import lift, softplus_and_slope
 from vmamba_jax.typing import Array, Float
 
 ROWS = 8  # sublanes of a register
@@ -33,12 +33,13 @@ class _Static(NamedTuple):
 
 def selective_scan(
     u: Float[Array, "B L K C"],
-    delta: Float[Array, "B L K C"],
+    delta: Float[Array, "B L K C_or_R"],
     A: Float[Array, "K C N"],
     B: Float[Array, "B L K N"],
     C: Float[Array, "B L K N"],
     D: Float[Array, "K C"] | None,
     delta_bias: Float[Array, "K C"] | None,
+    delta_proj: Float[Array, "K C R"] | None,
     delta_softplus: bool,
     reverse: bool,
     interpret: bool = False,
@@ -59,7 +60,7 @@ def selective_scan(
 
     static = _Static(delta_softplus, reverse, interpret)
     weights = (jnp.moveaxis(wide(A), -1, 0), wide(D), wide(delta_bias))
-    return _scan(u, delta, B, C, *weights, static)
+    return _scan(u, lift(delta, delta_proj), B, C, *weights, static)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -6,24 +6,25 @@ Materialises the (B, L, K, C, N) decay and drive, so it is for small inputs.
 import jax
 import jax.numpy as jnp
 
-from vmamba_jax.ops._discretise import step_size
+from vmamba_jax.ops._discretise import lift, step_size
 from vmamba_jax.typing import Array, Float
 
 
 def selective_scan(
     u: Float[Array, "B L K C"],
-    delta: Float[Array, "B L K C"],
+    delta: Float[Array, "B L K C_or_R"],
     A: Float[Array, "K C N"],
     B: Float[Array, "B L K N"],
     C: Float[Array, "B L K N"],
     D: Float[Array, "K C"] | None,
     delta_bias: Float[Array, "K C"] | None,
+    delta_proj: Float[Array, "K C R"] | None,
     delta_softplus: bool,
     reverse: bool,
 ) -> Float[Array, "B L K C"]:
     """See `vmamba_jax.ops.selective_scan`."""
     x = u.astype(jnp.float32)
-    step = step_size(delta, delta_bias, delta_softplus)
+    step = step_size(lift(delta.astype(jnp.float32), delta_proj), delta_bias, delta_softplus)
     decay = jnp.exp(jnp.einsum("blkc,kcn->blkcn", step, A.astype(jnp.float32)))
     drive = jnp.einsum("blkc,blkn->blkcn", step * x, B.astype(jnp.float32))
 

@@ -1,50 +1,54 @@
-"""The selective scan one step after another (`lax.scan`): best on a CPU."""
+"""The selective scan one step after another: best on a CPU."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vmamba_jax.ops._chunked import Plan, chunked_scan
 from vmamba_jax.typing import Array, Float
 
+STEP = 2**10
+"""States that a step advances at once, if there are images enough: what a step costs for its own
+sake, a few tenths of a microsecond, counts for less then."""
+CHUNK = 2**18
+"""States of a chunk, 1 MB: half a dozen arrays of that size stay in a cache."""
+
 
 def selective_scan(
     u: Float[Array, "B L K C"],
-    delta: Float[Array, "B L K C"],
+    delta: Float[Array, "B L K C_or_R"],
     A: Float[Array, "K C N"],
     B: Float[Array, "B L K N"],
     C: Float[Array, "B L K N"],
     D: Float[Array, "K C"] | None,
     delta_bias: Float[Array, "K C"] | None,
+    delta_proj: Float[Array, "K C R"] | None,
     delta_softplus: bool,
     reverse: bool,
 ) -> Float[Array, "B L K C"]:
     """See `vmamba_jax.ops.selective_scan`."""
-    return chunked_scan(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, PLAN)
+    return chunked_scan(u, delta, A, B, C, D, delta_bias, delta_proj, delta_softplus, reverse, PLAN)
 
 
 def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> Array:
-    def advance(h: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-        h = now[0] * h + now[1]
-        return h, h
+    steps = len(decay)
+    put = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
 
-    return jax.lax.scan(advance, start, (decay, drive), reverse=reverse)[1]
+    def advance(i: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
+        h, states = now
+        t = steps - 1 - i if reverse else i
+        h = decay[t] * h + drive[t]
+        return h, put(states, h, t if reverse else t + 1)
 
-
-def _end_to_end(scan: Callable[..., Any]) -> Callable[..., Any]:
-    def over_batch(*arrays: Array) -> Any:
-        batch = arrays[0].shape[0]
-        if batch == 0:  # there is nothing to lay end to end
-            return jax.vmap(partial(scan, sequences=1))(*arrays)
-        flat = (a.reshape(-1, *a.shape[2:]) for a in arrays)
-        results, total = scan(*flat, sequences=batch)
-        results = tuple(a.reshape(batch, -1, *a.shape[1:]) for a in results)
-        return results, jax.tree.map(lambda a: a[None], total)
-
-    return over_batch
+    states = put(jnp.zeros((steps + 1, *start.shape)), start, steps if reverse else 0)
+    return jax.lax.fori_loop(0, steps, advance, (start, states))[1]
 
 
-# One image at a time, and half a million states (2 MB) of it, stay in a core's cache.
-PLAN = Plan(_recurrence, _end_to_end, chunk=lambda states: 2**19 // states)
+def _block(batch: int, states: int) -> tuple[int, int]:
+    divisors = (g for g in range(min(batch, STEP // states), 0, -1) if batch % g == 0)
+    group = next(divisors, 1)
+    return group, max(16, CHUNK // (group * states))
+
+
+PLAN = Plan(_recurrence, _block)

@@ -50,14 +50,14 @@ def selective_scan_2d(
     def scan(route: int, x: Array, projected: Array, reverse: bool) -> Array:
         rank, states = dt_proj.shape[-1], decay_rate.shape[-1]
         dt, b, c = jnp.split(projected, (rank, rank + states), axis=-1)
-        delta = _rows_times(dt, dt_proj[route].T)
-        u, delta, b, c = (a[:, :, None] for a in (x, delta, b, c))
+        u, dt, b, c = (a[:, :, None] for a in (x, dt, b, c))
         if force_fp32:
-            u, delta, b, c = (a.astype(jnp.float32) for a in (u, delta, b, c))
-        a, skip, bias = (w[route : route + 1] for w in (decay_rate, D, dt_bias))
+            u, dt, b, c = (a.astype(jnp.float32) for a in (u, dt, b, c))
+        a, skip, bias, lift = (w[route : route + 1] for w in (decay_rate, D, dt_bias, dt_proj))
         y = selective_scan(
-            u, delta, a, b, c, skip, bias, reverse=reverse, implementation=implementation
-        )
+            u, dt, a, b, c, skip, bias,
+            delta_proj=lift, reverse=reverse, implementation=implementation,
+        )  # fmt: skip
         return y[:, :, 0].astype(jnp.float32)
 
     if order != "cascade2d":

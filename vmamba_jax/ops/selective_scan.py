@@ -38,7 +38,7 @@ def _platform() -> str:
 
 def selective_scan(
     u: Float[Array, "B L K C"],
-    delta: Float[Array, "B L K C"],
+    delta: Float[Array, "B L K C_or_R"],
     A: Float[Array, "K C N"],
     B: Float[Array, "B L K N"],
     C: Float[Array, "B L K N"],
@@ -46,6 +46,7 @@ def selective_scan(
     delta_bias: Float[Array, "K C"] | None = None,
     delta_softplus: bool = True,
     *,
+    delta_proj: Float[Array, "K C R"] | None = None,
     reverse: bool = False,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B L K C"]:
@@ -61,13 +62,15 @@ def selective_scan(
 
     Args:
         u: input, any float dtype.
-        delta: step sizes before bias and softplus.
+        delta: step sizes before bias and softplus; with `delta_proj`, what it lifts to them.
         A: decay rates, negative.
         B: input weights, shared by the channels of a route.
         C: output weights, shared by the channels of a route.
         D: skip weights; None leaves the skip out.
         delta_bias: added to `delta`; None adds nothing.
         delta_softplus: whether softplus makes the step sizes positive.
+        delta_proj: lifts `delta` (B, L, K, R) to the channels. An implementation that works in
+            chunks does so chunk by chunk: neither the lifted `delta` nor its gradient exists whole.
         reverse: run from the last element to the first (the output stays in input order).
         implementation: a name in `IMPLEMENTATIONS`, or several to try in turn until one can serve
             these inputs, or None for the platform's default.
@@ -79,7 +82,8 @@ def selective_scan(
         ValueError: for shapes that do not fit together, or an unknown implementation.
         NotImplementedError: if no implementation asked for can serve these inputs.
     """
-    _check_shapes(u, delta, A, B, C, D, delta_bias)
+    _check_shapes(u, delta, A, B, C, D, delta_bias, delta_proj)
+    arrays = (u, delta, A, B, C, D, delta_bias, delta_proj)
     if implementation is None:
         names: Sequence[str] = (default_implementation(),)
     else:
@@ -93,7 +97,7 @@ def selective_scan(
             refusals.append(f"{name}: runs on {_ONLY_ON[name]}, this is {_platform()}")
             continue
         try:
-            return IMPLEMENTATIONS[name](u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
+            return IMPLEMENTATIONS[name](*arrays, delta_softplus, reverse)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
     others = [name for name in IMPLEMENTATIONS if name not in (*names, *_ONLY_ON)]
@@ -103,19 +107,28 @@ def selective_scan(
 
 
 def _check_shapes(
-    u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array | None, delta_bias: Array | None
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    delta_bias: Array | None,
+    delta_proj: Array | None,
 ) -> None:
     if u.ndim != 4 or u.shape[1] == 0:
         raise ValueError(f"u must be (B, L, K, C) with L > 0, got {u.shape}")
     batch, length, routes, channels = u.shape
     states = A.shape[-1]
+    rank = channels if delta_proj is None else delta_proj.shape[-1]
     expected = {
-        "delta": (delta, (batch, length, routes, channels)),
+        "delta": (delta, (batch, length, routes, rank)),
         "A": (A, (routes, channels, states)),
         "B": (B, (batch, length, routes, states)),
         "C": (C, (batch, length, routes, states)),
         "D": (D, (routes, channels)),
         "delta_bias": (delta_bias, (routes, channels)),
+        "delta_proj": (delta_proj, (routes, channels, rank)),
     }
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
