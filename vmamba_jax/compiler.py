@@ -22,5 +22,8 @@ def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
         the best known.
     """
     if (platform or jax.devices()[0].platform) == "cpu":
-        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        return {
+            "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+            "xla_disable_hlo_passes": "cse_barrier_expander",
+        }
     return {}

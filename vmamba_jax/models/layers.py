@@ -59,28 +59,32 @@ def dtypes_of(module: Any) -> dict[str, Any]:
     return {"dtype": module.dtype, "param_dtype": module.param_dtype}
 
 
-def dense(
-    x: Float[Array, "... C"],
-    features: int,
-    *,
-    dtype: Dtype,
-    param_dtype: Dtype,
-    use_bias: bool = True,
-    name: str,
-) -> Float[Array, "... c"]:
-    """A linear layer with VMamba's initial values, within a compact method.
+class Dense(nn.Module):
+    """A linear layer with VMamba's initial values.
 
-    As a matrix of rows: XLA for CPU copies the operand of a fused product that has more axes.
+    Attributes:
+        features: output channels.
+        use_bias: whether it has a bias.
+        dtype: compute dtype.
+        param_dtype: dtype of the parameters.
     """
-    layer = nn.Dense(
-        features,
-        use_bias,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        kernel_init=linear_init,
-        name=name,
-    )
-    return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... c"]:
+        """Maps each position by itself."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", linear_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
+            bias = jnp.asarray(bias, self.dtype)
+        # Converted weights may still be NumPy arrays.
+        return ops.linear(jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype), bias)
 
 
 def conv(
@@ -246,14 +250,7 @@ class PatchMerging(nn.Module):
         # The column offset varies slowest in PyTorch's concatenation.
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(*x.shape[:2], x.shape[3], 4 * channels)
         x = norm(self.norm_layer, train, self.param_dtype, "norm")(x)
-        return dense(
-            x,
-            self.features,
-            use_bias=False,
-            name="reduction",
-            dtype=jnp.float32,
-            param_dtype=self.param_dtype,
-        )
+        return Dense(self.features, False, param_dtype=self.param_dtype, name="reduction")(x)
 
 
 class ConvDownsample(nn.Module):
@@ -308,9 +305,9 @@ class Mlp(nn.Module):
         """Maps each position by itself; the shape stays."""
         dtypes = dtypes_of(self)
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        hidden = dense(x, self.hidden_features, name="fc1", **dtypes)
+        hidden = Dense(self.hidden_features, name="fc1", **dtypes)(x)
         hidden = drop(activations[self.act_layer](hidden))
-        return drop(dense(hidden, x.shape[-1], name="fc2", **dtypes))
+        return drop(Dense(x.shape[-1], name="fc2", **dtypes)(hidden))
 
 
 class GatedMlp(nn.Module):
@@ -334,8 +331,8 @@ class GatedMlp(nn.Module):
     def __call__(self, x: FeatureMap, train: bool = False) -> FeatureMap:
         """Maps each position by itself; the shape stays."""
         dtypes = dtypes_of(self)
-        both = dense(x, 2 * self.hidden_features, name="fc1", **dtypes)
+        both = Dense(2 * self.hidden_features, name="fc1", **dtypes)(x)
         hidden, gate = jnp.split(both, 2, axis=-1)
         hidden = hidden * activations[self.act_layer](gate)
-        out = dense(hidden, x.shape[-1], name="fc2", **dtypes)
+        out = Dense(x.shape[-1], name="fc2", **dtypes)(hidden)
         return nn.Dropout(self.dropout, deterministic=not train)(out)

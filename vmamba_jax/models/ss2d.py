@@ -10,9 +10,9 @@ import numpy as np
 
 from vmamba_jax.config import parse_forward_type
 from vmamba_jax.models.layers import (
+    Dense,
     LayerNorm,
     activations,
-    dense,
     depthwise_conv,
     dtypes_of,
     uniform_init,
@@ -89,7 +89,7 @@ class SS2D(nn.Module):
         channels = x.shape[-1]
         inner = int(self.ssm_ratio * channels)
 
-        x = dense(x, inner * (1 + variant.gate), use_bias=False, name="in_proj", **dtypes)
+        x = Dense(inner * (1 + variant.gate), use_bias=False, name="in_proj", **dtypes)(x)
         gate = None
         if variant.gate:
             x, gate = jnp.split(x, 2, axis=-1)
@@ -103,7 +103,7 @@ class SS2D(nn.Module):
         y = self._out_norm(y, variant.out_norm)
         y = activations["gelu"](y) if variant.out_act else y
         y = y if gate is None else y * gate
-        y = dense(y, channels, use_bias=False, name="out_proj", **dtypes)
+        y = Dense(channels, use_bias=False, name="out_proj", **dtypes)(y)
         return nn.Dropout(self.dropout, deterministic=not train)(y)
 
     def _rank(self, channels: int) -> int:

@@ -1,6 +1,6 @@
 """VSSM, the VMamba network: patch embedding, stages of VSS blocks, classifier."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -11,16 +11,17 @@ import numpy as np
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.models.layers import (
     ConvDownsample,
+    Dense,
     GatedMlp,
     Mlp,
     PatchEmbed,
     PatchMerging,
-    dense,
     dtypes_of,
     linear_init,
     norm,
 )
 from vmamba_jax.models.ss2d import SS2D
+from vmamba_jax.ops.residuals import KEPT, keep
 from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, ResampledMap
 
 
@@ -57,7 +58,7 @@ class VSSBlock(nn.Module):
                 if config.post_norm
                 else branch(normalise(x), train)  # pyright: ignore[reportCallIssue]
             )
-            return x + self._drop_path(y, train).astype(x.dtype)
+            return keep(x + self._drop_path(y, train).astype(x.dtype))
 
         if config.ssm_ratio > 0:
             ss2d = SS2D(
@@ -165,7 +166,7 @@ class VSSM(nn.Module):
 
         # Each block skips a little more often than the one before it.
         drop_path = np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist()
-        block_type = nn.remat(VSSBlock, static_argnums=(2,)) if config.use_checkpoint else VSSBlock
+        block_type = nn.remat(VSSBlock, static_argnums=(2,), policy=self._kept())
         maps = []
         for i, depth in enumerate(config.depths):
             rates = drop_path[sum(config.depths[:i]) :][:depth]
@@ -189,13 +190,7 @@ class VSSM(nn.Module):
         pooled = x.astype(jnp.float32).mean(axis=(1, 2))
         if config.num_classes == 0:
             return pooled
-        return dense(
-            pooled,
-            config.num_classes,
-            dtype=jnp.float32,
-            param_dtype=self.param_dtype,
-            name="head",
-        )
+        return Dense(config.num_classes, param_dtype=self.param_dtype, name="head")(pooled)
 
     def features(
         self,
@@ -208,6 +203,10 @@ class VSSM(nn.Module):
         Call as ``model.apply(variables, images, out_indices=(0, 3), method="features")``.
         """
         return self(images, train, out_indices)  # pyright: ignore[reportReturnType]
+
+    def _kept(self) -> Callable[..., bool] | None:
+        """What the gradient of a block does not compute again."""
+        return None if self.config.use_checkpoint else KEPT
 
     def _loop(self, x: FeatureMap, stage: int, rates: list[float], train: bool) -> FeatureMap:
         """The blocks of a stage as one, with the parameters of each in turn."""
@@ -233,8 +232,7 @@ class VSSM(nn.Module):
             y = module.apply({"params": params}, x, train, rngs=rngs)
             return y, None  # pyright: ignore[reportReturnType]
 
-        if self.config.use_checkpoint:
-            block = jax.checkpoint(block)
+        block = jax.checkpoint(block, policy=self._kept())
         x, _ = jax.lax.scan(block, x, (stacked, jnp.asarray(rates, jnp.float32), keys))
         return x
 

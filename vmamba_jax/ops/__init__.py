@@ -2,6 +2,7 @@
 
 from vmamba_jax.ops.depthwise import depthwise_conv
 from vmamba_jax.ops.layer_norm import layer_norm
+from vmamba_jax.ops.linear import linear
 from vmamba_jax.ops.scan_2d import selective_scan_2d, ssd_2d
 from vmamba_jax.ops.scan_order import cross_merge, cross_scan
 from vmamba_jax.ops.selective_scan import IMPLEMENTATIONS, default_implementation, selective_scan
@@ -15,6 +16,7 @@ __all__ = [
     "default_implementation",
     "depthwise_conv",
     "layer_norm",
+    "linear",
     "selective_scan",
     "selective_scan_2d",
     "ssd",

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vmamba_jax.ops._discretise import softplus_and_slope
+from vmamba_jax.ops.residuals import keep
 from vmamba_jax.typing import Array, Float
 
 
@@ -91,7 +92,7 @@ def _forward(arrays, weights, delta_softplus, reverse, plan):
     start = jnp.zeros((group, *wide_weights.A.shape))
     pad, unpad = _padding(arrays[0].shape[1], steps, reverse)
     (y, entering), _ = _over_chunks(advance, (start, ()), pad(*arrays), steps, reverse)
-    return unpad(y), (arrays, weights, entering)
+    return unpad(y), (arrays, weights, keep(entering))
 
 
 def _backward(delta_softplus, reverse, plan, residuals, dy):

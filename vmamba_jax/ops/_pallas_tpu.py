@@ -19,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from vmamba_jax.ops._chunked import chunk_length
 from vmamba_jax.ops._discretise import lift, softplus_and_slope
+from vmamba_jax.ops.residuals import keep
 from vmamba_jax.typing import Array, Float
 
 ROWS = 8  # sublanes of a register
@@ -65,15 +66,15 @@ def selective_scan(
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _scan(u, delta, b, c, a, skip, bias, static: _Static) -> Float[Array, "B L K C"]:
-    run = _over_batch(partial(_run_forward, static=static, keep=False), u.shape[0], "b l k c")
+    run = _over_batch(partial(_run_forward, static=static, states=False), u.shape[0], "b l k c")
     return run(u, delta, b, c, a, skip, bias)
 
 
 def _forward(u, delta, b, c, a, skip, bias, static: _Static):
     arguments = (u, delta, b, c, a, skip, bias)
-    run = partial(_run_forward, static=static, keep=True)
+    run = partial(_run_forward, static=static, states=True)
     y, entering = _over_batch(run, u.shape[0], "b l k c, b z n k c")(*arguments)
-    return y, (*arguments, entering)
+    return y, (*arguments, keep(entering))
 
 
 def _backward(static: _Static, residuals, dy):
@@ -115,21 +116,21 @@ def _over_batch(function: Callable[..., Any], batch: int, results: str, more: bo
     )
 
 
-def _run_forward(u, delta, b, c, a, skip, bias, *, static: _Static, keep: bool):
+def _run_forward(u, delta, b, c, a, skip, bias, *, static: _Static, states: bool):
     at = _Blocks(u.shape, a.shape[0], static, backwards=static.reverse)
     y, *entering = pl.pallas_call(
         partial(_forward_kernel, static=static),
         grid=at.grid,
         in_specs=[at.wide_spec, at.wide_spec, at.narrow_spec, at.narrow_spec, *at.weight_specs],
-        out_specs=[at.wide_spec] + [at.entering_spec] * keep,
-        out_shape=[at.wide(u.dtype)] + [at.entering()] * keep,
+        out_specs=[at.wide_spec] + [at.entering_spec] * states,
+        out_shape=[at.wide(u.dtype)] + [at.entering()] * states,
         scratch_shapes=[pltpu.VMEM(at.state, jnp.float32)],
         compiler_params=_SEQUENTIAL,
         interpret=static.interpret,
         name="selective_scan",
     )(*map(at.rows, (u, delta, b, c)), *map(at.tiled, (a, skip, bias)))
     y = at.positions(y)
-    return (y, at.routes(entering[0])) if keep else y
+    return (y, at.routes(entering[0])) if states else y
 
 
 def _run_backward(u, delta, b, c, a, skip, bias, entering, dy, *, static: _Static):

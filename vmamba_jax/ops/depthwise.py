@@ -10,6 +10,8 @@ from operator import add
 import jax
 import jax.numpy as jnp
 
+from vmamba_jax.ops._sums import over_positions
+from vmamba_jax.ops.residuals import keep, together
 from vmamba_jax.typing import Array, FeatureMap, Float
 
 
@@ -24,34 +26,32 @@ def depthwise_conv(x: FeatureMap, kernel: Float[Array, "S S C"]) -> Float[Array,
     Returns:
         The convolved map in float32.
     """
-    return _correlate(x, kernel, (kernel.shape[0] - 1) // 2)
+    return _correlate(_pad(x, (kernel.shape[0] - 1) // 2), kernel)
 
 
 def _forward(x: Array, kernel: Array):
-    return depthwise_conv(x, kernel), (x, kernel)
+    padded = keep(_pad(x, (kernel.shape[0] - 1) // 2))
+    return keep(_correlate(padded, kernel)), (padded, kernel)
 
 
 def _backward(residuals, dy: Array):
-    x, kernel = residuals
-    size = kernel.shape[0]
-    before = (size - 1) // 2
-    dx = _correlate(dy, kernel[::-1, ::-1], size - 1 - before)
-    # On a CPU one image at a time stays in the cache; all at once, XLA writes out every shifted
-    # copy. Elsewhere a loop would idle the device, and gather a batch that is split over several.
+    padded, kernel = residuals
+    after = kernel.shape[0] // 2
+    dx = _correlate(_pad(dy, after), kernel[::-1, ::-1])
+    # On a CPU one image at a time stays in the cache. Elsewhere a loop would idle the device, and
+    # gather a batch that is split over several.
     dkernel = jax.lax.platform_dependent(
-        _pad(x, before),
-        dy.astype(jnp.float32),
-        cpu=_kernel_gradient_by_image,
-        default=_kernel_gradient,
+        padded, dy, cpu=_kernel_gradient_by_image, default=_kernel_gradient
     )
-    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+    return together((dx.astype(padded.dtype), dkernel.astype(kernel.dtype)))
 
 
 def _kernel_gradient(padded: Array, dy: Array) -> Array:
     height, width = dy.shape[1:3]
     size = padded.shape[1] - height + 1
+    padded, dy = padded.astype(jnp.float32), dy.astype(jnp.float32)
     rows = [
-        [(padded[:, i : i + height, j : j + width] * dy).sum((0, 1, 2)) for j in range(size)]
+        [over_positions(padded[:, i : i + height, j : j + width] * dy) for j in range(size)]
         for i in range(size)
     ]
     return jnp.asarray(rows)
@@ -69,10 +69,10 @@ def _kernel_gradient_by_image(padded: Array, dy: Array) -> Array:
 depthwise_conv.defvjp(_forward, _backward)
 
 
-def _correlate(x: Array, kernel: Array, padding: int) -> Array:
+def _correlate(padded: Array, kernel: Array) -> Array:
     size = kernel.shape[0]
     taps = kernel.astype(jnp.float32)[:, :, None, None, None]
-    padded = _pad(x, padding)
+    padded = padded.astype(jnp.float32)
     height, width = (side - size + 1 for side in padded.shape[1:3])
     # Each kernel row sums over whole map rows first, which are then shifted against each other.
     rows = [
@@ -83,4 +83,4 @@ def _correlate(x: Array, kernel: Array, padding: int) -> Array:
 
 
 def _pad(x: Array, by: int) -> Array:
-    return jnp.pad(x.astype(jnp.float32), ((0, 0), (by, by), (by, by), (0, 0)))
+    return jnp.pad(x, ((0, 0), (by, by), (by, by), (0, 0)))

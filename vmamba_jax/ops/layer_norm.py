@@ -7,6 +7,8 @@ residual stream in every block: VMamba-T's training step took an eighth more tim
 import jax
 import jax.numpy as jnp
 
+from vmamba_jax.ops._sums import over_channels, over_positions
+from vmamba_jax.ops.residuals import keep, together
 from vmamba_jax.typing import Array, Float
 
 EPSILON = 1e-5  # PyTorch's
@@ -36,29 +38,25 @@ def _forward(x: Array, scale: Array, bias: Array):
     wide = x.astype(jnp.float32)
     mean = wide.mean(axis=-1, keepdims=True)
     variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(variance + EPSILON)
+    mean, inverse = keep((mean, jax.lax.rsqrt(variance + EPSILON)))
     y = (wide - mean) * inverse * _over(scale, x) + _over(bias, x)
     return y, (x, mean, inverse, scale, bias)
 
 
 def _backward(residuals, dy: Array):
+    *residuals, dy = together((*residuals, dy))
     x, mean, inverse, scale, bias = residuals
     standard = (x.astype(jnp.float32) - mean) * inverse
-    d = dy * _over(scale, x)
-    along = (d * standard).mean(axis=-1, keepdims=True)
-    dx = (d - d.mean(axis=-1, keepdims=True) - standard * along) * inverse
-    dscale, dbias = _over_positions(dy * standard), _over_positions(dy)
-    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)
+    along = dy * standard
+    # By y = standard * scale + bias, of which mean and variance take two directions away.
+    lost = over_channels(dy, scale) + standard * over_channels(along, scale)
+    dx = (dy * _over(scale, x) - lost / x.shape[-1]) * inverse
+    dscale, dbias = over_positions(along), over_positions(dy)
+    return together((dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)))
 
 
 def _over(weight: Float[Array, "C"], x: Float[Array, "... C"]) -> Array:
     return weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
-
-
-def _over_positions(a: Float[Array, "... C"]) -> Float[Array, "C"]:
-    """Sum over all but the channels, as a product with ones: faster than XLA's sum on a CPU."""
-    rows = a.reshape(-1, a.shape[-1])
-    return jnp.matmul(jnp.ones(len(rows)), rows, precision=jax.lax.Precision.HIGHEST)
 
 
 layer_norm.defvjp(_forward, _backward)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from vmamba_jax.ops.layer_norm import EPSILON
+from vmamba_jax.ops.linear import linear
+from vmamba_jax.ops.residuals import keep
 from vmamba_jax.ops.scan_order import Order, from_layouts, routes_of, to_layouts
 from vmamba_jax.ops.selective_scan import selective_scan
 from vmamba_jax.ops.ssd import ssd
@@ -134,19 +136,14 @@ def _over_routes(
         g = k % len(layouts)
         projection = to_layouts(projected[..., k, :], order)[g]
         results.append(scan(k, layouts[g], projection, k >= forward))
-    return from_layouts(results, x.shape[1], x.shape[2], order)
+    return keep(from_layouts(results, x.shape[1], x.shape[2], order))
 
 
 def _project(x: Float[Array, "... C"], x_proj: Float[Array, "K E C"]) -> Float[Array, "... K E"]:
     """What each position projects to, for each route."""
     routes, size, channels = x_proj.shape
-    projected = _rows_times(x, x_proj.reshape(routes * size, channels).T)
+    projected = linear(x, x_proj.reshape(routes * size, channels).T)
     return projected.reshape(*x.shape[:-1], routes, size)
-
-
-def _rows_times(x: Float[Array, "... C"], matrix: Float[Array, "C P"]) -> Float[Array, "... P"]:
-    # A matrix of rows: XLA for CPU copies the operand of a fused product that has more axes.
-    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[1])
 
 
 def _standardise(x: FeatureMap) -> FeatureMap:

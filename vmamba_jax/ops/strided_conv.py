@@ -12,6 +12,9 @@ import jax.numpy as jnp
 
 from vmamba_jax.typing import Array, FeatureMap, Float, ResampledMap
 
+WINDOWS = 2**21
+"""Values of the windows that are laid out at a time, 8 MB."""
+
 
 def strided_conv(
     x: FeatureMap, kernel: Float[Array, "S S C c"], *, stride: int, padding: int
@@ -71,26 +74,33 @@ def _gradient_by_convolutions(
 def _gradient_by_products(
     x: Array, kernel: Array, dy: Array, stride: int, padding: int
 ) -> tuple[Array, Array]:
-    # One image at a time: all windows at once would be nine times the map, or more.
-    def add(dkernel: Array, image: tuple[Array, Array]) -> tuple[Array, Array]:
-        x, dy = image
-        windows, to_map = jax.vjp(lambda x: _windows(x, len(kernel), stride, padding), x)
-        (dx,) = to_map(jnp.einsum("hwc,pc->hwp", dy, kernel.reshape(-1, kernel.shape[-1])))
-        return dkernel + jnp.einsum("hwp,hwc->pc", windows, dy).reshape(kernel.shape), dx
+    # As many images at a time as fit a cache: all windows at once would be nine times the map.
+    batch, values = len(x), dy[0, ..., 0].size * kernel[..., 0].size
+    divisors = (g for g in range(min(batch, WINDOWS // values), 0, -1) if batch % g == 0)
+    group = next(divisors, 1)
+    matrix = kernel.reshape(-1, kernel.shape[-1])
 
-    dkernel, dx = jax.lax.scan(add, jnp.zeros_like(kernel), (x, dy))
-    return dx, dkernel
+    def add(dkernel: Array, images: tuple[Array, ...]) -> tuple[Array, Array]:
+        x, dy = images
+        windows, to_map = jax.vjp(lambda x: _windows(x, len(kernel), stride, padding), x)
+        rows, dy = windows.reshape(-1, len(matrix)), dy.reshape(-1, dy.shape[-1])
+        (dx,) = to_map((dy @ matrix.T).reshape(windows.shape))
+        return dkernel + rows.T @ dy, dx
+
+    groups = tuple(a.reshape(batch // group, group, *a.shape[1:]) for a in (x, dy))
+    dkernel, dx = jax.lax.scan(add, jnp.zeros_like(matrix), groups)
+    return dx.reshape(x.shape), dkernel.reshape(kernel.shape)
 
 
 def _windows(
-    x: Float[Array, "H W C"], size: int, stride: int, padding: int
-) -> Float[Array, "h w SSC"]:
+    x: Float[Array, "G H W C"], size: int, stride: int, padding: int
+) -> Float[Array, "G h w SSC"]:
     """What each position of the output sees, ``S * S * C`` values, row by row."""
-    x = jnp.pad(x, ((padding, padding), (padding, padding), (0, 0)))
-    height, width = (side - size + 1 for side in x.shape[:2])
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    height, width = (side - size + 1 for side in x.shape[1:3])
     return jnp.concatenate(
         [
-            x[row : row + height : stride, column : column + width : stride]
+            x[:, row : row + height : stride, column : column + width : stride]
             for row in range(size)
             for column in range(size)
         ],

@@ -1,0 +1,44 @@
+"""The linear layer as a product of rows, with its derivative written out."""
+
+import jax
+
+from vmamba_jax.ops._sums import over_positions
+from vmamba_jax.ops.residuals import keep, together
+from vmamba_jax.typing import Array, Float
+
+
+@jax.custom_vjp
+def linear(
+    x: Float[Array, "... C"], kernel: Float[Array, "C c"], bias: Float[Array, "c"] | None = None
+) -> Float[Array, "... c"]:
+    """``x @ kernel + bias`` at each position.
+
+    Args:
+        x: any float dtype.
+        kernel: weights, of the dtype of `x`.
+        bias: of the dtype of `x`; None adds nothing.
+    """
+    # A matrix of rows: XLA for CPU copies the operand of a fused product that has more axes.
+    y = _rows(x) @ kernel
+    if bias is not None:
+        y = y + bias[None]
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def _forward(x: Array, kernel: Array, bias: Array | None):
+    return keep(linear(x, kernel, bias)), (x, kernel, bias)
+
+
+def _backward(residuals, dy: Array):
+    x, kernel, bias = residuals
+    dx = (_rows(dy) @ kernel.T).reshape(x.shape)
+    dkernel = _rows(x).T @ _rows(dy)
+    dbias = None if bias is None else over_positions(dy).astype(bias.dtype)
+    return together((dx, dkernel, dbias))
+
+
+linear.defvjp(_forward, _backward)
+
+
+def _rows(x: Float[Array, "... C"]) -> Float[Array, "M C"]:
+    return x.reshape(-1, x.shape[-1])
