@@ -11,8 +11,9 @@ from vmamba_jax.typing import Array, Float
 STEP = 2**10
 """States that a step advances at once, if there are images enough: what a step costs for its own
 sake, a few tenths of a microsecond, counts for less then."""
-CHUNK = 2**18
-"""States of a chunk, 1 MB: half a dozen arrays of that size stay in a cache."""
+CHUNK = 2**19
+"""States of a chunk, 2 MB: half a dozen arrays of that size stay in a cache, and the fewer chunks
+the less is copied to cut them out."""
 
 
 def selective_scan(
