@@ -34,12 +34,15 @@ def selective_scan(
 
 def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> Array:
     steps = len(decay)
-    put = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+    # Indices that may be negative would cost a tenth of a step.
+    at = {"axis": 0, "allow_negative_indices": False}
+    get = partial(jax.lax.dynamic_index_in_dim, keepdims=False, **at)
+    put = partial(jax.lax.dynamic_update_index_in_dim, **at)
 
     def advance(i: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
         h, states = now
         t = steps - 1 - i if reverse else i
-        h = decay[t] * h + drive[t]
+        h = get(decay, t) * h + get(drive, t)
         return h, put(states, h, t if reverse else t + 1)
 
     states = put(jnp.zeros((steps + 1, *start.shape)), start, steps if reverse else 0)
