@@ -30,11 +30,12 @@ from vmamba_jax.ops import scan_2d
 KINDS = {
     r"conv2d": "depthwise convolution",
     r"conv\d?/|patch_embed/conv": "strided convolution",
-    r"norm": "LayerNorm",
-    r"dot_general": "linear layer",
-    r"mlp/checkpoint|mlp/(select_n|erf|mul)": "GELU",
-    r"op/checkpoint|op/(mul|div)": "SiLU",
-    r"op\._scan": "scan: order, merge, projections' sums",
+    r"norm": "LayerNorm, and convolutions fused with it",
+    r"op\._scan": "what surrounds the scan",
+    r"fc\d/|(in|out)_proj/|head/": "linear layer",
+    r"mlp/": "GELU",
+    r"op/": "SiLU",
+    r"blocks_\d+/": "residual sums, stochastic depth",
 }
 
 
