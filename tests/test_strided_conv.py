@@ -62,6 +62,15 @@ def test_the_gradient_is_that_of_finite_differences(size, stride, padding):
         check_grads(convolve, (x.astype(jnp.float64), kernel.astype(jnp.float64)), 1, ["rev"])
 
 
+@pytest.mark.parametrize("shape", [(0, 8, 8, 3), (2, 2, 2, 3)])
+def test_without_images_or_room_for_a_window_the_gradients_are_zero(shape):
+    x, kernel = jnp.ones(shape), jnp.ones((3, 3, 3, 5))
+    y, vjp = jax.vjp(lambda x, kernel: strided_conv(x, kernel, stride=2, padding=0), x, kernel)
+    assert y.size == 0
+    for gradient, like in zip(vjp(y), (x, kernel), strict=True):
+        np.testing.assert_array_equal(gradient, jnp.zeros_like(like))
+
+
 def test_only_on_a_cpu_the_gradient_is_free_of_convolutions():
     # Within a loop XLA's take many times as long as the products.
     x, kernel, dy = arrays(3, 2, 1)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from vmamba_jax.ops._discretise import softplus_and_slope
+from vmamba_jax.ops._parts import chunk_length
 from vmamba_jax.ops.residuals import keep
 from vmamba_jax.typing import Array, Float
 
@@ -145,13 +146,6 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
 
 
 _scan.defvjp(_forward, _backward)
-
-
-def chunk_length(length: int, longest: int) -> int:
-    """A chunk of at most `longest` steps: it divides the length if it needn't be much shorter."""
-    longest = max(1, min(length, longest))
-    divisors = (t for t in range(longest, longest // 2, -1) if length % t == 0)
-    return next(divisors, -(-length // -(-length // longest)))
 
 
 def _block(like: Array, weights: _Weights, plan: Plan) -> tuple[int, int]:

@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
-from vmamba_jax.ops._chunked import chunk_length
 from vmamba_jax.ops._discretise import lift, softplus_and_slope
+from vmamba_jax.ops._parts import chunk_length
 from vmamba_jax.ops.residuals import keep
 from vmamba_jax.typing import Array, Float
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vmamba_jax.ops._chunked import Plan, chunked_scan
+from vmamba_jax.ops._parts import largest_divisor
 from vmamba_jax.typing import Array, Float
 
 STEP = 2**10
@@ -50,8 +51,7 @@ def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> Arra
 
 
 def _block(batch: int, states: int) -> tuple[int, int]:
-    divisors = (g for g in range(min(batch, STEP // states), 0, -1) if batch % g == 0)
-    group = next(divisors, 1)
+    group = largest_divisor(batch, STEP // states)
     return group, max(8, CHUNK // (group * states))
 
 

@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from vmamba_jax.ops._parts import largest_divisor
 from vmamba_jax.typing import Array, FeatureMap, Float, ResampledMap
 
 WINDOWS = 2**21
@@ -75,15 +76,15 @@ def _gradient_by_products(
     x: Array, kernel: Array, dy: Array, stride: int, padding: int
 ) -> tuple[Array, Array]:
     # As many images at a time as fit a cache: all windows at once would be nine times the map.
-    batch, values = len(x), dy[0, ..., 0].size * kernel[..., 0].size
-    divisors = (g for g in range(min(batch, WINDOWS // values), 0, -1) if batch % g == 0)
-    group = next(divisors, 1)
-    matrix = kernel.reshape(-1, kernel.shape[-1])
+    batch, height, width, channels = dy.shape
+    matrix = kernel.reshape(-1, channels)
+    per_image = max(1, height * width) * len(matrix)
+    group = largest_divisor(batch, WINDOWS // per_image)
 
     def add(dkernel: Array, images: tuple[Array, ...]) -> tuple[Array, Array]:
         x, dy = images
         windows, to_map = jax.vjp(lambda x: _windows(x, len(kernel), stride, padding), x)
-        rows, dy = windows.reshape(-1, len(matrix)), dy.reshape(-1, dy.shape[-1])
+        rows, dy = windows.reshape(-1, len(matrix)), dy.reshape(-1, channels)
         (dx,) = to_map((dy @ matrix.T).reshape(windows.shape))
         return dkernel + rows.T @ dy, dx
 
