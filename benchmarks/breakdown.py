@@ -28,6 +28,7 @@ from vmamba_jax.ops import scan_2d
 
 # The kind of an operation, by the first part of the model's name for it that is here.
 KINDS = {
+    r"^$": "sums of gradients, as products with ones",  # XLA leaves these without a name
     r"conv2d": "depthwise convolution",
     r"conv\d?/|patch_embed/conv": "strided convolution",
     r"norm": "LayerNorm, and convolutions fused with it",
@@ -78,9 +79,7 @@ def main(options: Options) -> None:
                 totals[name][_phase(path), _kind(path)] += milliseconds / options.rounds
     columns = {
         "forward pass": ("forward", "forward"),
-        "step, forward": ("step", "forward"),
-        "step, again": ("step", "again"),
-        "step, backward": ("step", "backward"),
+        **{f"step, {phase}": ("step", phase) for phase in ("forward", "again", "backward")},
     }
     rows = [
         {"kind": kind, **{c: totals[name][phase, kind] for c, (name, phase) in columns.items()}}
@@ -115,7 +114,7 @@ def _profiled(run: Callable[[], object]) -> list[tuple[str, float]]:
 def _phase(path: str) -> str:
     if "rematted_computation" in path:
         return "again"
-    return "backward" if "transpose(" in path else "forward"
+    return "backward" if "transpose(" in path or not path else "forward"
 
 
 def _kind(path: str) -> str:
