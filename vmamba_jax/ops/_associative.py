@@ -7,7 +7,7 @@ associative (Blelloch, "Prefix sums and their applications", 1990).
 import jax
 import jax.numpy as jnp
 
-from vmamba_jax.ops._chunked import Plan, chunked_scan
+from vmamba_jax.ops._chunked import Coefficients, Plan, chunked_scan
 from vmamba_jax.typing import Array, Float
 
 
@@ -32,9 +32,13 @@ def _compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[A
     return a2 * a1, a2 * b1 + b2
 
 
-def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> Array:
-    product, after = jax.lax.associative_scan(_compose, (decay, drive), reverse=reverse)
-    states = product * start[None] + after
+def _recurrence(
+    coefficients: Coefficients, arrays: tuple[Array, ...], start: Array, reverse: bool
+) -> Array:
+    lines = (-1, start.shape[-1])  # TPUs pad the second to last axis, which may be of length one
+    steps = (a.reshape(len(a), *lines) for a in jax.vmap(coefficients)(arrays))
+    product, after = jax.lax.associative_scan(_compose, tuple(steps), reverse=reverse)
+    states = product.reshape(-1, *start.shape) * start[None] + after.reshape(-1, *start.shape)
     return jnp.concatenate([states, start[None]] if reverse else [start[None], states])
 
 

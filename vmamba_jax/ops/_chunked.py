@@ -1,11 +1,11 @@
 """The selective scan chunk by chunk, with a gradient that recomputes inside each chunk.
 
-Every chunk is discretised at once, its states come from a linear recurrence, and the output is a
-contraction of the states. The gradient keeps the inputs and the state entering each chunk; it
-visits the chunks in the opposite order, recomputes a chunk's states from the one that entered it,
-and runs the adjoint recurrence, which is the same recurrence in the opposite direction. Nothing
-of size (B, L, K, C, N) exists but for one chunk (Mamba's kernel does the same: Gu and Dao,
-"Mamba", 2023, section 3.3.2).
+The step sizes of a chunk are computed at once, its states come from a linear recurrence, which
+discretises as it goes, and the output is a contraction of the states. The gradient keeps the inputs
+and the state entering each chunk; it visits the chunks in the opposite order, recomputes a chunk's
+states from the one that entered it, and runs the adjoint recurrence, which is the same recurrence
+in the opposite direction. Nothing of size (B, L, K, C, N) exists but for one chunk (Mamba's kernel
+does the same: Gu and Dao, "Mamba", 2023, section 3.3.2).
 
 A chunk is a block of some steps T of some batch elements G, steps first, so that what the
 recurrence does in one step lies side by side.
@@ -24,13 +24,20 @@ from vmamba_jax.ops._parts import chunk_length
 from vmamba_jax.ops.residuals import keep
 from vmamba_jax.typing import Array, Float
 
+Coefficients = Callable[[Any], tuple[Array, Array]]
+"""Of one step: its row of each array -> decay and drive (G, *K, N, C) of ``h -> decay h + drive``.
+
+A function, so that one step after another needs them only as it gets there: writing them down for
+a chunk and reading them again took half the time of the scan.
+"""
+
 
 class Plan(NamedTuple):
     """How an implementation computes what all of them share (hashable, static)."""
 
-    recurrence: Callable[[Array, Array, Array, bool], Array]
-    """(decay, drive (T, ...), start (...), reverse) -> states (T + 1, ...): `start`, then the state
-    after each step of ``h -> decay h + drive``; in reverse from the last row to the first."""
+    recurrence: Callable[[Coefficients, tuple[Array, ...], Array, bool], Array]
+    """(coefficients, arrays (T, ...), start, reverse) -> states (T + 1, ...): `start`, then the
+    state after each step; in reverse from the last row to the first."""
     block: Callable[[int, int], tuple[int, int]]
     """(batch, number of states of one batch element) -> G, a divisor of the batch, and the most
     steps T that a chunk may have."""
@@ -83,8 +90,10 @@ def _forward(arrays, weights, delta_softplus, reverse, plan):
     def advance(carry: tuple[Array, tuple[()]], now: tuple[Array, ...]):
         entering, total = carry
         u, delta, B, C = (a.astype(jnp.float32) for a in now)
-        _, _, decay, drive = _discretise(u, delta, B, wide_weights, delta_softplus)
-        _, states, leaving = _states(plan, decay, drive, entering, reverse)
+        step, _ = _step_size(delta, wide_weights, delta_softplus)
+        coefficients = partial(_coefficients, wide_weights.A)
+        states = plan.recurrence(coefficients, (step, u, B), entering, reverse)
+        _, states, leaving = _before_after_last(states, reverse)
         y = _over_states(states, C)
         if wide_weights.D is not None:
             y = y + wide_weights.D[None, None] * u
@@ -107,12 +116,15 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
         after, total = carry
         *inputs, dy, (entering,) = now
         u, delta, B, C, dy = (a.astype(jnp.float32) for a in (*inputs, dy))
-        step, slope, decay, drive = _discretise(u, delta, B, wide_weights, delta_softplus)
-        before, states, _ = _states(plan, decay, drive, entering, reverse)
+        step, slope = _step_size(delta, wide_weights, delta_softplus)
+        coefficients = partial(_coefficients, A)
+        states = plan.recurrence(coefficients, (step, u, B), entering, reverse)
+        before, states, _ = _before_after_last(states, reverse)
         # dh[l] = C[l] dy[l] + decay[l + 1] dh[l + 1], written for decay * dh.
-        direct = dy[..., None, :] * C[..., None]
-        later, through, first = _states(plan, decay, decay * direct, after, not reverse)
-        dstate = direct + later
+        coefficients = partial(_adjoint_coefficients, A)
+        through = plan.recurrence(coefficients, (step, dy, C), after, not reverse)
+        later, through, first = _before_after_last(through, not reverse)
+        dstate = _outer(dy, C) + later
         ddrive = _over_states(dstate, B)  # by s * u
         ddecay = through * before  # by the exponent, s * A
         dstep = ddrive * u + _sum_states(ddecay * A[None, None])
@@ -159,30 +171,43 @@ def _wide(*weights: Array | None) -> _Weights:
     return _Weights(A.mT, D, bias, None if proj is None else proj.mT)
 
 
-def _discretise(
-    u: Array, delta: Array, B: Array, weights: _Weights, delta_softplus: bool
-) -> tuple[Array, Array, Array, Array]:
-    """The step sizes, their slope by delta (both (T, G, *K, C)), the decay and the drive."""
+def _step_size(delta: Array, weights: _Weights, delta_softplus: bool) -> tuple[Array, Array]:
+    """The step size and its slope by delta, (T, G, *K, C)."""
     step = delta
     if weights.proj is not None:
         step = _einsum("tg...r,...rc->tg...c", step, weights.proj)
     if weights.bias is not None:
         step = step + weights.bias[None, None]
-    slope = jnp.ones_like(step)
-    if delta_softplus:
-        step, slope = softplus_and_slope(step)
-    decay = jnp.exp(step[..., None, :] * weights.A[None, None])
-    return step, slope, decay, (step * u)[..., None, :] * B[..., None]
+    return softplus_and_slope(step) if delta_softplus else (step, jnp.ones_like(step))
 
 
-def _states(
-    plan: Plan, decay: Array, drive: Array, start: Float[Array, "G *K N C"], reverse: bool
-) -> tuple[Array, Array, Array]:
+def _outer(a: Float[Array, "... C"], b: Float[Array, "... N"]) -> Float[Array, "... N C"]:
+    return a[..., None, :] * b[..., None]
+
+
+def _coefficients(
+    A: Float[Array, "*K N C"], now: tuple[Array, Array, Array]
+) -> tuple[Float[Array, "G *K N C"], Float[Array, "G *K N C"]]:
+    step, u, B = now
+    return _decay(step, A), _outer(step * u, B)
+
+
+def _adjoint_coefficients(
+    A: Float[Array, "*K N C"], now: tuple[Array, Array, Array]
+) -> tuple[Float[Array, "G *K N C"], Float[Array, "G *K N C"]]:
+    step, dy, C = now
+    decay = _decay(step, A)
+    return decay, decay * _outer(dy, C)
+
+
+def _decay(step: Float[Array, "G *K C"], A: Float[Array, "*K N C"]) -> Float[Array, "G *K N C"]:
+    return jnp.exp(step[..., None, :] * A[None])
+
+
+def _before_after_last(
+    states: Float[Array, "T1 G *K N C"], reverse: bool
+) -> tuple[Float[Array, "T G *K N C"], Float[Array, "T G *K N C"], Float[Array, "G *K N C"]]:
     """The states before and after each step, and the last of them, which leaves the chunk."""
-    lines = (-1, start.shape[-1])  # again, no axes of length one
-    decay, drive = (a.reshape(len(a), *lines) for a in (decay, drive))
-    states = plan.recurrence(decay, drive, start.reshape(lines), reverse)
-    states = states.reshape(-1, *start.shape)
     if reverse:
         return states[1:], states[:-1], states[0]
     return states[:-1], states[1:], states[-1]
@@ -191,12 +216,11 @@ def _states(
 def _over_states(
     a: Float[Array, "T G *K N C"], weight: Float[Array, "T G *K N"]
 ) -> Float[Array, "T G *K C"]:
-    """Weighted sum; a matrix product would not fuse with what it reads."""
-    return _sum_states(a * weight[..., None])
+    """Spelled out: XLA's CPU reduction over an axis within takes as long as the whole rest."""
+    return reduce(add, (a[..., n, :] * weight[..., n, None] for n in range(a.shape[-2])))
 
 
 def _sum_states(a: Float[Array, "T G *K N C"]) -> Float[Array, "T G *K C"]:
-    """Spelled out: XLA's CPU reduction over an axis within takes as long as the whole rest."""
     return reduce(add, (a[..., n, :] for n in range(a.shape[-2])))
 
 
@@ -215,6 +239,12 @@ def _over_channels(
 
 def _over_steps(a: Float[Array, "T G ..."]) -> Float[Array, "..."]:
     return _einsum("tg,tg...->...", jnp.ones(a.shape[:2]), a)
+
+
+def _swap(a: Array) -> Array:
+    """Exchanges the first two axes, with no copy if one is of length one: XLA for CPU makes one."""
+    first, second, *rest = a.shape
+    return a.reshape(second, first, *rest) if 1 in (first, second) else a.swapaxes(0, 1)
 
 
 def _over_chunks(
@@ -250,10 +280,10 @@ def _over_chunks(
     def cut(a: Array, i: Any, now: Any) -> Array:
         size = (group, a.shape[1] // count, *a.shape[2:])
         part = jax.lax.dynamic_slice(a, corner(a, i, now), size)
-        return part.swapaxes(0, 1)
+        return _swap(part)
 
     def put(whole: Array, part: Array, i: Any, now: Any) -> Array:
-        return jax.lax.dynamic_update_slice(whole, part.swapaxes(0, 1), corner(whole, i, now))
+        return jax.lax.dynamic_update_slice(whole, _swap(part), corner(whole, i, now))
 
     def body(turn: Array, loop: tuple[tuple[Array, Any], tuple[Array, ...]]):
         (state, total), results = loop

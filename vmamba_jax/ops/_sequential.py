@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from vmamba_jax.ops._chunked import Plan, chunked_scan
+from vmamba_jax.ops._chunked import Coefficients, Plan, chunked_scan
 from vmamba_jax.ops._parts import largest_divisor
 from vmamba_jax.typing import Array, Float
 
@@ -33,21 +33,23 @@ def selective_scan(
     return chunked_scan(u, delta, A, B, C, D, delta_bias, delta_proj, delta_softplus, reverse, PLAN)
 
 
-def _recurrence(decay: Array, drive: Array, start: Array, reverse: bool) -> Array:
-    steps = len(decay)
+def _recurrence(
+    coefficients: Coefficients, arrays: tuple[Array, ...], start: Array, reverse: bool
+) -> Array:
+    steps = len(arrays[0])
     # Indices that may be negative would cost a tenth of a step.
     at = {"axis": 0, "allow_negative_indices": False}
     get = partial(jax.lax.dynamic_index_in_dim, keepdims=False, **at)
     put = partial(jax.lax.dynamic_update_index_in_dim, **at)
 
-    def advance(i: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
-        h, states = now
+    def advance(i: Array, states: Array) -> Array:
         t = steps - 1 - i if reverse else i
-        h = get(decay, t) * h + get(drive, t)
-        return h, put(states, h, t if reverse else t + 1)
+        before, after = (t + 1, t) if reverse else (t, t + 1)
+        decay, drive = coefficients(tuple(get(a, t) for a in arrays))
+        return put(states, decay * get(states, before) + drive, after)
 
     states = put(jnp.zeros((steps + 1, *start.shape)), start, steps if reverse else 0)
-    return jax.lax.fori_loop(0, steps, advance, (start, states))[1]
+    return jax.lax.fori_loop(0, steps, advance, states)
 
 
 def _block(batch: int, states: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from vmamba_jax.ops.layer_norm import EPSILON
 from vmamba_jax.ops.linear import linear
-from vmamba_jax.ops.residuals import keep
+from vmamba_jax.ops.residuals import keep, together
 from vmamba_jax.ops.scan_order import Order, from_layouts, routes_of, to_layouts
 from vmamba_jax.ops.selective_scan import selective_scan
 from vmamba_jax.ops.ssd import ssd
@@ -129,6 +129,7 @@ def _over_routes(
     projects to (B, L, E), and whether to run in reverse; it returns (B, L, C).
     """
     forward, _ = routes_of(order)
+    x = together(x)  # or XLA for CPU computes what it comes from again for each layout
     layouts = to_layouts(x, order)
     projected = _project(x, x_proj)
     results = []
