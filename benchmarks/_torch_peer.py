@@ -1,4 +1,7 @@
-"""Times a PyTorch VMamba on request: reads JSON lines, writes seconds. Started by model.py."""
+"""Times a PyTorch VMamba on request: reads JSON lines, writes seconds.
+
+Started by model.py; the first line it writes says that it is ready.
+"""
 
 import importlib.util
 import inspect
@@ -24,6 +27,7 @@ def main() -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # what the module prints is not an answer
     vssm = load(Path(sys.argv[1]))
     known = inspect.signature(vssm).parameters
+    print("ready", file=out, flush=True)
     models = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -61,22 +61,28 @@ class Peer:
     """A PyTorch model in a process of its own."""
 
     def __init__(self, options: Options):
-        """Starts the process."""
+        """Starts the process, which answers once it has loaded the model's file."""
+        if not options.peer or not options.peer.is_file():
+            raise SystemExit(f"--peer: there is no file {options.peer}")
         command = [options.peer_python, str(Path(__file__).with_name("_torch_peer.py"))]
         self._process = subprocess.Popen(
             [*command, str(options.peer)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self._answer()
 
     def ask(self, **request: Any) -> float:
         """Runs one request; returns its seconds."""
         assert self._process.stdin
-        assert self._process.stdout
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout
         answer = self._process.stdout.readline()
         if not answer:
             raise SystemExit("the peer ended; its error is above")
-        return float(answer)
+        return answer
 
 
 def accumulated(value_and_grad: Callable[..., Any], parts: int) -> Callable[..., Any]:
