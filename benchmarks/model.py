@@ -60,13 +60,13 @@ class Options:
 class Peer:
     """A PyTorch model in a process of its own."""
 
-    def __init__(self, options: Options):
+    def __init__(self, path: Path, python: str):
         """Starts the process, which answers once it has loaded the model's file."""
-        if not options.peer or not options.peer.is_file():
-            raise SystemExit(f"--peer: there is no file {options.peer}")
-        command = [options.peer_python, str(Path(__file__).with_name("_torch_peer.py"))]
+        if not path.is_file():
+            raise SystemExit(f"--peer: there is no file {path}")
+        command = [python, str(Path(__file__).with_name("_torch_peer.py")), str(path)]
         self._process = subprocess.Popen(
-            [*command, str(options.peer)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._answer()
 
@@ -107,7 +107,7 @@ def main(options: Options) -> None:
     for batch, parts in itertools.product(options.batches, options.accumulation_steps):
         if parts < 1 or batch % parts:
             raise SystemExit(f"accumulation_steps {parts} does not divide the batch {batch}")
-    peer = Peer(options) if options.peer else None
+    peer = Peer(options.peer, options.peer_python) if options.peer else None
     dtype = jnp.bfloat16 if options.bfloat16 else jnp.float32
     matmul, operations = matmul_run()
     runs: dict[str, Callable[[], object]] = {}

@@ -24,7 +24,7 @@ from vmamba_jax.ops._parts import chunk_length
 from vmamba_jax.ops.residuals import keep
 from vmamba_jax.typing import Array, Float
 
-Coefficients = Callable[[Any], tuple[Array, Array]]
+Coefficients = Callable[[tuple[Array, ...]], tuple[Array, Array]]
 """Of one step: its row of each array -> decay and drive (G, *K, N, C) of ``h -> decay h + drive``.
 
 A function, so that one step after another needs them only as it gets there: writing them down for
@@ -94,7 +94,7 @@ def _forward(arrays, weights, delta_softplus, reverse, plan):
         coefficients = partial(_coefficients, wide_weights.A)
         states = plan.recurrence(coefficients, (step, u, B), entering, reverse)
         _, states, leaving = _before_after_last(states, reverse)
-        y = _over_states(states, C)
+        y = _over_states(states, C[..., None])
         if wide_weights.D is not None:
             y = y + wide_weights.D[None, None] * u
         return (leaving, total), (y.astype(now[0].dtype), entering[None])
@@ -125,9 +125,9 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
         through = plan.recurrence(coefficients, (step, dy, C), after, not reverse)
         later, through, first = _before_after_last(through, not reverse)
         dstate = _outer(dy, C) + later
-        ddrive = _over_states(dstate, B)  # by s * u
+        ddrive = _over_states(dstate, B[..., None])  # by s * u
         ddecay = through * before  # by the exponent, s * A
-        dstep = ddrive * u + _sum_states(ddecay * A[None, None])
+        dstep = ddrive * u + _over_states(ddecay, A[None, None])
         ddelta = dlifted = slope * dstep
         du = ddrive * step
         if D is not None:
@@ -186,14 +186,14 @@ def _outer(a: Float[Array, "... C"], b: Float[Array, "... N"]) -> Float[Array, "
 
 
 def _coefficients(
-    A: Float[Array, "*K N C"], now: tuple[Array, Array, Array]
+    A: Float[Array, "*K N C"], now: tuple[Array, ...]
 ) -> tuple[Float[Array, "G *K N C"], Float[Array, "G *K N C"]]:
     step, u, B = now
     return _decay(step, A), _outer(step * u, B)
 
 
 def _adjoint_coefficients(
-    A: Float[Array, "*K N C"], now: tuple[Array, Array, Array]
+    A: Float[Array, "*K N C"], now: tuple[Array, ...]
 ) -> tuple[Float[Array, "G *K N C"], Float[Array, "G *K N C"]]:
     step, dy, C = now
     decay = _decay(step, A)
@@ -214,14 +214,10 @@ def _before_after_last(
 
 
 def _over_states(
-    a: Float[Array, "T G *K N C"], weight: Float[Array, "T G *K N"]
+    a: Float[Array, "T G *K N C"], weight: Float[Array, "#T #G *K N #C"]
 ) -> Float[Array, "T G *K C"]:
     """Spelled out: XLA's CPU reduction over an axis within takes as long as the whole rest."""
-    return reduce(add, (a[..., n, :] * weight[..., n, None] for n in range(a.shape[-2])))
-
-
-def _sum_states(a: Float[Array, "T G *K N C"]) -> Float[Array, "T G *K C"]:
-    return reduce(add, (a[..., n, :] for n in range(a.shape[-2])))
+    return reduce(add, (a[..., n, :] * weight[..., n, :] for n in range(a.shape[-2])))
 
 
 # Matrix units would round float32 to bfloat16 or TF32 unasked.

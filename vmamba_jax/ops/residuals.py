@@ -22,9 +22,10 @@ KEPT = jax.checkpoint_policies.save_only_these_names(_NAME)
 def together(arrays: T) -> T:
     """The same arrays; on a CPU none of them can be used before all are computed.
 
-    Of a layer's gradients XLA for CPU would compute the weights' at the very end, and keep alive
-    until then all that they need. And what a gradient computes again it would compute beforehand,
-    and keep. Elsewhere this would hold up the exchange of gradients between devices.
+    A single array is computed once, where XLA for CPU would compute it in each operation that reads
+    it. Of a layer's gradients it would compute the weights' at the very end, and keep alive until
+    then all that they need. And what a gradient computes again it would compute beforehand, and
+    keep. Elsewhere this would hold up the exchange of gradients between devices.
     """
     return jax.lax.platform_dependent(
         arrays, cpu=jax.lax.optimization_barrier, default=lambda arrays: arrays

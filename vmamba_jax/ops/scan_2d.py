@@ -129,7 +129,7 @@ def _over_routes(
     projects to (B, L, E), and whether to run in reverse; it returns (B, L, C).
     """
     forward, _ = routes_of(order)
-    x = together(x)  # or XLA for CPU computes what it comes from again for each layout
+    x = together(x)  # each layout and each skip reads it
     layouts = to_layouts(x, order)
     projected = _project(x, x_proj)
     results = []
