@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, this machine's ceilings, results as JSON."""
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -73,7 +74,7 @@ def compile_timed(
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and commit."""
+    """Device, versions, commit, and what the C library is told about memory."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
@@ -88,6 +89,7 @@ def environment() -> dict[str, Any]:
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
         "python": platform.python_version(),
         "commit": described.stdout.strip(),
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
     }
 
 
