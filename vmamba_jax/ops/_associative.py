@@ -35,11 +35,15 @@ def _compose(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[A
 def _recurrence(
     coefficients: Coefficients, arrays: tuple[Array, ...], start: Array, reverse: bool
 ) -> Array:
+    group, steps = arrays[0].shape[:2]
     lines = (-1, start.shape[-1])  # TPUs pad the second to last axis, which may be of length one
-    steps = (a.reshape(len(a), *lines) for a in jax.vmap(coefficients)(arrays))
-    product, after = jax.lax.associative_scan(_compose, tuple(steps), reverse=reverse)
-    states = product.reshape(-1, *start.shape) * start[None] + after.reshape(-1, *start.shape)
-    return jnp.concatenate([states, start[None]] if reverse else [start[None], states])
+    each = jax.vmap(coefficients, in_axes=1, out_axes=1)(arrays)
+    each = tuple(a.reshape(group, steps, *lines) for a in each)
+    product, after = jax.lax.associative_scan(_compose, each, reverse=reverse, axis=1)
+    shape = (group, steps, *start.shape[1:])
+    start = start[:, None]
+    states = product.reshape(shape) * start + after.reshape(shape)
+    return jnp.concatenate([states, start] if reverse else [start, states], axis=1)
 
 
 def _block(batch: int, states: int) -> tuple[int, int]:

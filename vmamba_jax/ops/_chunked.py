@@ -7,8 +7,9 @@ states from the one that entered it, and runs the adjoint recurrence, which is t
 in the opposite direction. Nothing of size (B, L, K, C, N) exists but for one chunk (Mamba's kernel
 does the same: Gu and Dao, "Mamba", 2023, section 3.3.2).
 
-A chunk is a block of some steps T of some batch elements G, steps first, so that what the
-recurrence does in one step lies side by side.
+A chunk is a block of some batch elements G and some steps T of theirs, in the order of the arrays
+that it is cut out of: steps first, each step would lie side by side, but chunks and results would
+be copied to be turned (a tenth more of a gradient on a CPU).
 """
 
 from collections.abc import Callable
@@ -36,8 +37,8 @@ class Plan(NamedTuple):
     """How an implementation computes what all of them share (hashable, static)."""
 
     recurrence: Callable[[Coefficients, tuple[Array, ...], Array, bool], Array]
-    """(coefficients, arrays (T, ...), start, reverse) -> states (T + 1, ...): `start`, then the
-    state after each step; in reverse from the last row to the first."""
+    """(coefficients, arrays (G, T, ...), start, reverse) -> states (G, T + 1, ...): `start`, then
+    the state after each step; in reverse from the last to the first."""
     block: Callable[[int, int], tuple[int, int]]
     """(batch, number of states of one batch element) -> G, a divisor of the batch, and the most
     steps T that a chunk may have."""
@@ -97,7 +98,7 @@ def _forward(arrays, weights, delta_softplus, reverse, plan):
         y = _over_states(states, C[..., None])
         if wide_weights.D is not None:
             y = y + wide_weights.D[None, None] * u
-        return (leaving, total), (y.astype(now[0].dtype), entering[None])
+        return (leaving, total), (y.astype(now[0].dtype), entering[:, None])
 
     start = jnp.zeros((group, *wide_weights.A.shape))
     pad, unpad = _padding(arrays[0].shape[1], steps, reverse)
@@ -114,11 +115,11 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
     def retreat(carry: tuple[Array, _Weights], now: tuple[Array, ...]):
         """`after` is the gradient of the state at the chunk's end, by way of later chunks."""
         after, total = carry
-        *inputs, dy, (entering,) = now
+        *inputs, dy, entering = now
         u, delta, B, C, dy = (a.astype(jnp.float32) for a in (*inputs, dy))
         step, slope = _step_size(delta, wide_weights, delta_softplus)
         coefficients = partial(_coefficients, A)
-        states = plan.recurrence(coefficients, (step, u, B), entering, reverse)
+        states = plan.recurrence(coefficients, (step, u, B), entering[:, 0], reverse)
         before, states, _ = _before_after_last(states, reverse)
         # dh[l] = C[l] dy[l] + decay[l + 1] dh[l + 1], written for decay * dh.
         coefficients = partial(_adjoint_coefficients, A)
@@ -133,12 +134,12 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
         if D is not None:
             du = du + D[None, None] * dy
         if proj is not None:
-            ddelta = _einsum("tg...c,...rc->tg...r", dlifted, proj)
+            ddelta = _einsum("gt...c,...rc->gt...r", dlifted, proj)
         gradients = _Weights(
             A=_over_steps(ddecay * step[..., None, :]),
             D=None if D is None else _over_steps(dy * u),
             bias=None if bias is None else _over_steps(dlifted),
-            proj=None if proj is None else _einsum("tg...r,tg...c->...rc", delta, dlifted),
+            proj=None if proj is None else _einsum("gt...r,gt...c->...rc", delta, dlifted),
         )
         dB, dC = _over_channels(dstate, step * u), _over_channels(states, dy)
         per_step = tuple(
@@ -172,10 +173,10 @@ def _wide(*weights: Array | None) -> _Weights:
 
 
 def _step_size(delta: Array, weights: _Weights, delta_softplus: bool) -> tuple[Array, Array]:
-    """The step size and its slope by delta, (T, G, *K, C)."""
+    """The step size and its slope by delta, (G, T, *K, C)."""
     step = delta
     if weights.proj is not None:
-        step = _einsum("tg...r,...rc->tg...c", step, weights.proj)
+        step = _einsum("gt...r,...rc->gt...c", step, weights.proj)
     if weights.bias is not None:
         step = step + weights.bias[None, None]
     return softplus_and_slope(step) if delta_softplus else (step, jnp.ones_like(step))
@@ -205,17 +206,17 @@ def _decay(step: Float[Array, "G *K C"], A: Float[Array, "*K N C"]) -> Float[Arr
 
 
 def _before_after_last(
-    states: Float[Array, "T1 G *K N C"], reverse: bool
-) -> tuple[Float[Array, "T G *K N C"], Float[Array, "T G *K N C"], Float[Array, "G *K N C"]]:
+    states: Float[Array, "G T1 *K N C"], reverse: bool
+) -> tuple[Float[Array, "G T *K N C"], Float[Array, "G T *K N C"], Float[Array, "G *K N C"]]:
     """The states before and after each step, and the last of them, which leaves the chunk."""
     if reverse:
-        return states[1:], states[:-1], states[0]
-    return states[:-1], states[1:], states[-1]
+        return states[:, 1:], states[:, :-1], states[:, 0]
+    return states[:, :-1], states[:, 1:], states[:, -1]
 
 
 def _over_states(
-    a: Float[Array, "T G *K N C"], weight: Float[Array, "#T #G *K N #C"]
-) -> Float[Array, "T G *K C"]:
+    a: Float[Array, "G T *K N C"], weight: Float[Array, "#G #T *K N #C"]
+) -> Float[Array, "G T *K C"]:
     """Spelled out: XLA's CPU reduction over an axis within takes as long as the whole rest."""
     return reduce(add, (a[..., n, :] * weight[..., n, :] for n in range(a.shape[-2])))
 
@@ -227,20 +228,14 @@ _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 def _over_channels(
-    a: Float[Array, "T G *K N C"], weight: Float[Array, "T G *K C"]
-) -> Float[Array, "T G *K N"]:
+    a: Float[Array, "G T *K N C"], weight: Float[Array, "G T *K C"]
+) -> Float[Array, "G T *K N"]:
     product = a * weight[..., None, :]
-    return _einsum("tg...c,c->tg...", product, jnp.ones(a.shape[-1]))
+    return _einsum("gt...c,c->gt...", product, jnp.ones(a.shape[-1]))
 
 
-def _over_steps(a: Float[Array, "T G ..."]) -> Float[Array, "..."]:
-    return _einsum("tg,tg...->...", jnp.ones(a.shape[:2]), a)
-
-
-def _swap(a: Array) -> Array:
-    """Exchanges the first two axes, with no copy if one is of length one: XLA for CPU makes one."""
-    first, second, *rest = a.shape
-    return a.reshape(second, first, *rest) if 1 in (first, second) else a.swapaxes(0, 1)
+def _over_steps(a: Float[Array, "G T ..."]) -> Float[Array, "..."]:
+    return _einsum("gt,gt...->...", jnp.ones(a.shape[:2]), a)
 
 
 def _over_chunks(
@@ -256,7 +251,7 @@ def _over_chunks(
 
     Args:
         advance: ``((state, total), chunks) -> ((state, total), chunks of the results)``; chunks
-            are (T, G, ...).
+            are (G, T, ...).
         carry: the state that each group begins with, and the total to begin with.
         arrays: (B, L, ...); the first has `steps` positions in each chunk, the others any number.
         steps: steps of a chunk.
@@ -275,11 +270,10 @@ def _over_chunks(
 
     def cut(a: Array, i: Any, now: Any) -> Array:
         size = (group, a.shape[1] // count, *a.shape[2:])
-        part = jax.lax.dynamic_slice(a, corner(a, i, now), size)
-        return _swap(part)
+        return jax.lax.dynamic_slice(a, corner(a, i, now), size)
 
     def put(whole: Array, part: Array, i: Any, now: Any) -> Array:
-        return jax.lax.dynamic_update_slice(whole, _swap(part), corner(whole, i, now))
+        return jax.lax.dynamic_update_slice(whole, part, corner(whole, i, now))
 
     def body(turn: Array, loop: tuple[tuple[Array, Any], tuple[Array, ...]]):
         (state, total), results = loop
@@ -290,7 +284,7 @@ def _over_chunks(
         return carry, tuple(put(w, p, i, now) for w, p in zip(results, parts, strict=True))
 
     parts = jax.eval_shape(lambda c: advance(c, tuple(cut(a, 0, 0) for a in arrays))[1], carry)
-    results = tuple(jnp.zeros((batch, count * len(p), *p.shape[2:]), p.dtype) for p in parts)
+    results = tuple(jnp.zeros((batch, count * p.shape[1], *p.shape[2:]), p.dtype) for p in parts)
     (_, total), results = jax.lax.fori_loop(0, batch // group * count, body, (carry, results))
     return results, total
 

@@ -36,9 +36,9 @@ def selective_scan(
 def _recurrence(
     coefficients: Coefficients, arrays: tuple[Array, ...], start: Array, reverse: bool
 ) -> Array:
-    steps = len(arrays[0])
+    group, steps = arrays[0].shape[:2]
     # Indices that may be negative would cost a tenth of a step.
-    at = {"axis": 0, "allow_negative_indices": False}
+    at = {"axis": 1, "allow_negative_indices": False}
     get = partial(jax.lax.dynamic_index_in_dim, keepdims=False, **at)
     put = partial(jax.lax.dynamic_update_index_in_dim, **at)
 
@@ -48,7 +48,8 @@ def _recurrence(
         decay, drive = coefficients(tuple(get(a, t) for a in arrays))
         return put(states, decay * get(states, before) + drive, after)
 
-    states = put(jnp.zeros((steps + 1, *start.shape)), start, steps if reverse else 0)
+    states = jnp.zeros((group, steps + 1, *start.shape[1:]))
+    states = put(states, start, steps if reverse else 0)
     return jax.lax.fori_loop(0, steps, advance, states)
 
 
