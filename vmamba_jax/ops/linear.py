@@ -32,12 +32,18 @@ def _forward(x: Array, kernel: Array, bias: Array | None):
 def _backward(residuals, dy: Array):
     x, kernel, bias = residuals
     dx = (_rows(dy) @ kernel.T).reshape(x.shape)
-    dkernel = _rows(x).T @ _rows(dy)
     dbias = None if bias is None else over_positions(dy).astype(bias.dtype)
-    return together((dx, dkernel, dbias))
+    return together((dx, _kernel_gradient(_rows(x), _rows(dy)), dbias))
 
 
 linear.defvjp(_forward, _backward)
+
+
+def _kernel_gradient(x: Float[Array, "M C"], dy: Float[Array, "M c"]) -> Float[Array, "C c"]:
+    if len(x) > x.shape[1] > dy.shape[1]:
+        # XLA for CPU takes half the time for a product that is wide rather than tall.
+        return together(dy.T @ x).T
+    return x.T @ dy
 
 
 def _rows(x: Float[Array, "... C"]) -> Float[Array, "M C"]:
