@@ -166,7 +166,9 @@ class VSSM(nn.Module):
 
         # Each block skips a little more often than the one before it.
         drop_path = np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist()
-        block_type = nn.remat(VSSBlock, static_argnums=(2,), policy=self._kept())
+        # What leaves an inner jit, jax.checkpoint keeps as it is; of other arrays it keeps a copy.
+        block_type = nn.jit(VSSBlock, static_argnums=(2,))
+        block_type = nn.remat(block_type, static_argnums=(2,), policy=self._kept())
         maps = []
         for i, depth in enumerate(config.depths):
             rates = drop_path[sum(config.depths[:i]) :][:depth]
@@ -232,7 +234,7 @@ class VSSM(nn.Module):
             y = module.apply({"params": params}, x, train, rngs=rngs)
             return y, None  # pyright: ignore[reportReturnType]
 
-        block = jax.checkpoint(block, policy=self._kept())
+        block = jax.checkpoint(jax.jit(block), policy=self._kept())
         x, _ = jax.lax.scan(block, x, (stacked, jnp.asarray(rates, jnp.float32), keys))
         return x
 
