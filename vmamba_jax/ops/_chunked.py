@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from vmamba_jax.ops._discretise import softplus_and_slope
 from vmamba_jax.ops._parts import chunk_length
-from vmamba_jax.ops.residuals import keep
+from vmamba_jax.ops.residuals import keep, together
 from vmamba_jax.typing import Array, Float
 
 Coefficients = Callable[[tuple[Array, ...]], tuple[Array, Array]]
@@ -129,7 +129,7 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
         ddrive = _over_states(dstate, B[..., None])  # by s * u
         ddecay = through * before  # by the exponent, s * A
         dstep = ddrive * u + _over_states(ddecay, A[None, None])
-        ddelta = dlifted = slope * dstep
+        ddelta = dlifted = together(slope * dstep)
         du = ddrive * step
         if D is not None:
             du = du + D[None, None] * dy
