@@ -21,9 +21,10 @@ def grouped(x, kernel):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_output_and_gradients_equal_the_grouped_convolution(size):
+@pytest.mark.parametrize("height", [7, 17, 30])  # rows at a time: all or half; one; a third
+def test_output_and_gradients_equal_the_grouped_convolution(size, height):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 7, 6, 5)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, height, 6, 5)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(size, size, 5)), jnp.float32)
     expected, expected_vjp = jax.vjp(grouped, x, kernel)
     actual, actual_vjp = jax.vjp(depthwise_conv, x, kernel)
@@ -31,6 +32,13 @@ def test_output_and_gradients_equal_the_grouped_convolution(size):
     dy = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
     for ours, theirs in zip(actual_vjp(dy), expected_vjp(dy), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=3e-5)
+
+
+def test_an_empty_batch_has_a_gradient_of_zero():
+    y, vjp = jax.vjp(depthwise_conv, jnp.zeros((0, 7, 6, 5)), jnp.ones((3, 3, 5)))
+    dx, dkernel = vjp(y)
+    assert dx.shape == (0, 7, 6, 5)
+    np.testing.assert_array_equal(dkernel, np.zeros((3, 3, 5)))
 
 
 def test_bfloat16_is_summed_and_returned_in_float32():

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from vmamba_jax.ops._discretise import softplus_and_slope
-from vmamba_jax.ops._parts import chunk_length
+from vmamba_jax.ops._parts import chunk_length, largest_divisor
 from vmamba_jax.ops.residuals import keep, together
 from vmamba_jax.typing import Array, Float
 
@@ -116,7 +116,8 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
         """`after` is the gradient of the state at the chunk's end, by way of later chunks."""
         after, total = carry
         *inputs, dy, entering = now
-        u, delta, B, C, dy = (a.astype(jnp.float32) for a in (*inputs, dy))
+        # Each is read several times: XLA for CPU would cut it out anew in every operation.
+        u, delta, B, C, dy = together(tuple(a.astype(jnp.float32) for a in (*inputs, dy)))
         step, slope = _step_size(delta, wide_weights, delta_softplus)
         coefficients = partial(_coefficients, A)
         states = plan.recurrence(coefficients, (step, u, B), entering[:, 0], reverse)
@@ -226,17 +227,24 @@ def _over_states(
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 # Other sums are products with ones: XLA's CPU reductions take up to 20 times as long.
+PARTS = 14
+"""Parts that are added up as they are computed, so that a product with ones has less to read."""
 
 
 def _over_channels(
     a: Float[Array, "G T *K N C"], weight: Float[Array, "G T *K C"]
 ) -> Float[Array, "G T *K N"]:
-    product = a * weight[..., None, :]
-    return _einsum("gt...c,c->gt...", product, jnp.ones(a.shape[-1]))
+    parts = _sum_of_parts(a * weight[..., None, :], axis=-1)
+    return _einsum("gt...c,c->gt...", parts, jnp.ones(parts.shape[-1]))
 
 
 def _over_steps(a: Float[Array, "G T ..."]) -> Float[Array, "..."]:
-    return _einsum("gt,gt...->...", jnp.ones(a.shape[:2]), a)
+    parts = _sum_of_parts(a, axis=1)
+    return _einsum("gt,gt...->...", jnp.ones(parts.shape[:2]), parts)
+
+
+def _sum_of_parts(a: Array, axis: int) -> Array:
+    return reduce(add, jnp.split(a, largest_divisor(a.shape[axis], PARTS), axis))
 
 
 def _over_chunks(

@@ -10,9 +10,13 @@ from operator import add
 import jax
 import jax.numpy as jnp
 
+from vmamba_jax.ops._parts import largest_divisor
 from vmamba_jax.ops._sums import over_positions
 from vmamba_jax.ops.residuals import keep, together
 from vmamba_jax.typing import Array, FeatureMap, Float
+
+ROWS = 14
+"""Rows of the map whose part of the kernel's gradient is computed at once on a CPU."""
 
 
 @jax.custom_vjp
@@ -38,10 +42,10 @@ def _backward(residuals, dy: Array):
     padded, kernel = residuals
     after = kernel.shape[0] // 2
     dx = _correlate(_pad(dy, after), kernel[::-1, ::-1])
-    # On a CPU one image at a time stays in the cache. Elsewhere a loop would idle the device, and
+    # On a CPU a few rows at a time stay in the cache. Elsewhere a loop would idle the device, and
     # gather a batch that is split over several.
     dkernel = jax.lax.platform_dependent(
-        padded, dy, cpu=_kernel_gradient_by_image, default=_kernel_gradient
+        padded, dy, cpu=_kernel_gradient_by_rows, default=_kernel_gradient
     )
     return together((dx.astype(padded.dtype), dkernel.astype(kernel.dtype)))
 
@@ -57,13 +61,33 @@ def _kernel_gradient(padded: Array, dy: Array) -> Array:
     return jnp.asarray(rows)
 
 
-def _kernel_gradient_by_image(padded: Array, dy: Array) -> Array:
-    def add(total: Array, image: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _kernel_gradient(image[0][None], image[1][None]), None
+def _kernel_gradient_by_rows(padded: Array, dy: Array) -> Array:
+    batch, height, width, channels = dy.shape
+    size = padded.shape[1] - height + 1
+    if dy.size == 0:
+        return jnp.zeros((size, size, channels))
+    rows = largest_divisor(height, ROWS)
+    count = height // rows
 
-    size = padded.shape[1] - dy.shape[1] + 1
-    start = jnp.zeros((size, size, dy.shape[-1]), jnp.float32)
-    return jax.lax.scan(add, start, (padded, dy))[0]
+    def cut(a: Array, turn: Array, rows_of_a: int) -> Array:
+        corner = (turn // count, turn % count * rows, 0, 0)
+        return jax.lax.dynamic_slice(a, corner, (1, rows_of_a, *a.shape[2:]))[0].astype(jnp.float32)
+
+    def add_rows(turn: Array, totals: list[Array]) -> list[Array]:
+        # Each is read by all taps: XLA for CPU would cut it out anew for every row of each.
+        x, now = together((cut(padded, turn, rows + size - 1), cut(dy, turn, rows)))
+
+        def tap(i: int, j: int) -> Float[Array, "W C"]:
+            return reduce(add, (x[i + row, j : j + width] * now[row] for row in range(rows)))
+
+        return [
+            total + jnp.stack([tap(i, j) for j in range(size)]) for i, total in enumerate(totals)
+        ]
+
+    start = [jnp.zeros((size, width, channels), jnp.float32)] * size
+    totals = jax.lax.fori_loop(0, batch * count, add_rows, start)
+    sums = [[over_positions(columns) for columns in total] for total in totals]
+    return jnp.asarray(sums)
 
 
 depthwise_conv.defvjp(_forward, _backward)
