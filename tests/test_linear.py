@@ -9,7 +9,8 @@ import pytest
 
 from vmamba_jax import compiler_options, model_config
 from vmamba_jax.models import VSSM
-from vmamba_jax.ops import linear
+from vmamba_jax.models.layers import activations
+from vmamba_jax.ops import add_bias, linear
 from vmamba_jax.ops.residuals import KEPT, keep
 
 
@@ -32,6 +33,36 @@ def test_output_and_gradients_are_those_of_the_product(shape, with_bias):
     expected = (dy @ wide_kernel.T, rows.T @ dy_rows, dy_rows.sum(axis=0))
     for ours, theirs in zip(vjp(jnp.asarray(dy)), expected[: 2 + with_bias], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 8, 7), (0, 7)])
+def test_a_bias_alone_is_added_at_each_position(shape):
+    x, _, _ = draw(*shape)
+    bias = jnp.arange(7.0)
+    y, vjp = jax.vjp(add_bias, x, bias)
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    dx, dbias = vjp(dy)
+    np.testing.assert_array_equal(y, np.asarray(x) + np.asarray(bias))
+    np.testing.assert_array_equal(dx, dy)
+    np.testing.assert_allclose(dbias, dy.reshape(-1, 7).sum(axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", activations)
+def test_an_activation_with_a_bias_is_that_of_the_sum(name, dtype):
+    x, _, _ = draw(2, 3, 8, 7, dtype=dtype)
+    bias = jnp.linspace(-1, 1, 7, dtype=dtype)
+    expected, expected_vjp = jax.vjp(activations[name], x + bias[None, None, None])
+    actual, vjp = jax.vjp(activations[name], x, bias)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_array_equal(actual, expected)
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
+    dx, dbias = vjp(dy)
+    assert dx.dtype == dbias.dtype == dtype
+    np.testing.assert_array_equal(dx, *expected_vjp(dy))
+    sums = dx.astype(jnp.float32).sum(axis=(0, 1, 2))
+    rounding = 1e-5 if dtype == jnp.float32 else 2**-8
+    np.testing.assert_allclose(dbias.astype(jnp.float32), sums, rounding, 1e-5)
 
 
 def test_bfloat16_stays_and_its_bias_gradient_is_summed_in_float32():

@@ -195,7 +195,7 @@ def test_low_precision_computes_low_and_stores_high():
     logits, state = jax.eval_shape(watch, variables, images)
     seen = state["intermediates"]["layers_0_blocks_0"]
     assert seen["op"]["in_proj"]["__call__"][0].dtype == jnp.bfloat16
-    assert seen["mlp"]["fc1"]["__call__"][0].dtype == jnp.bfloat16
+    assert seen["mlp"]["fc2"]["__call__"][0].dtype == jnp.bfloat16
     # The residual stream sums up what every block adds.
     assert seen["__call__"][0].dtype == logits.dtype == jnp.float32
 

@@ -28,18 +28,27 @@ def gelu(x: Array) -> Array:
     return jnp.where(x < -8, 0, 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5))))
 
 
-def _in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+Activation = Callable[..., Array]
+"""``(x, bias=None)`` -> the activation of ``x + bias``, in float32 whatever it is given."""
+
+
+def _in_float32(function: Callable[[Array], Array]) -> Activation:
+    def activation(x: Array, bias: Array | None = None) -> Array:
+        if bias is not None:
+            x = ops.add_bias(x, bias)
+        return function(x.astype(jnp.float32))
+
     # For the gradient a step keeps the input only, and no erf or exponential of its size.
-    return jax.checkpoint(lambda x: function(x.astype(jnp.float32)))
+    return jax.checkpoint(activation)
 
 
-activations: dict[str, Callable[[Array], Array]] = {
+activations: dict[str, Activation] = {
     "silu": _in_float32(jax.nn.silu),
     "gelu": _in_float32(gelu),
     "relu": _in_float32(jax.nn.relu),
     "sigmoid": _in_float32(jax.nn.sigmoid),
 }
-"""Name -> activation; each computes and returns float32 whatever it is given."""
+"""By name."""
 
 # timm's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations away.
 linear_init = nn.initializers.normal(0.02)
@@ -65,12 +74,15 @@ class Dense(nn.Module):
     Attributes:
         features: output channels.
         use_bias: whether it has a bias.
+        act_layer: activation after it, a key of `activations`, which then adds the bias: a
+            gradient keeps the product, and needs no second map with the bias added.
         dtype: compute dtype.
         param_dtype: dtype of the parameters.
     """
 
     features: int
     use_bias: bool = True
+    act_layer: str | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -84,7 +96,10 @@ class Dense(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, shape[1:], self.param_dtype)
             bias = jnp.asarray(bias, self.dtype)
         # Converted weights may still be NumPy arrays.
-        return ops.linear(jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype), bias)
+        x, kernel = jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype)
+        if self.act_layer is None:
+            return ops.linear(x, kernel, bias)
+        return activations[self.act_layer](ops.linear(x, kernel), bias)
 
 
 def conv(
@@ -305,9 +320,8 @@ class Mlp(nn.Module):
         """Maps each position by itself; the shape stays."""
         dtypes = dtypes_of(self)
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        hidden = Dense(self.hidden_features, name="fc1", **dtypes)(x)
-        hidden = drop(activations[self.act_layer](hidden))
-        return drop(Dense(x.shape[-1], name="fc2", **dtypes)(hidden))
+        hidden = Dense(self.hidden_features, act_layer=self.act_layer, name="fc1", **dtypes)(x)
+        return drop(Dense(x.shape[-1], name="fc2", **dtypes)(drop(hidden)))
 
 
 class GatedMlp(nn.Module):

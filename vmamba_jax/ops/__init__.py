@@ -2,7 +2,7 @@
 
 from vmamba_jax.ops.depthwise import depthwise_conv
 from vmamba_jax.ops.layer_norm import layer_norm
-from vmamba_jax.ops.linear import linear
+from vmamba_jax.ops.linear import add_bias, linear
 from vmamba_jax.ops.scan_2d import selective_scan_2d, ssd_2d
 from vmamba_jax.ops.scan_order import cross_merge, cross_scan
 from vmamba_jax.ops.selective_scan import IMPLEMENTATIONS, default_implementation, selective_scan
@@ -11,6 +11,7 @@ from vmamba_jax.ops.strided_conv import strided_conv
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "add_bias",
     "cross_merge",
     "cross_scan",
     "default_implementation",

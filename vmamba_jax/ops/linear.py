@@ -1,4 +1,4 @@
-"""The linear layer as a product of rows, with its derivative written out."""
+"""The linear layer as a product of rows, and its bias alone, with their derivatives written out."""
 
 import jax
 
@@ -37,6 +37,29 @@ def _backward(residuals, dy: Array):
 
 
 linear.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, "... C"], bias: Float[Array, "C"]) -> Float[Array, "... C"]:
+    """``x + bias`` at each position.
+
+    Args:
+        x: any float dtype.
+        bias: of the dtype of `x`.
+    """
+    return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+
+
+def _add_bias_forward(x: Array, bias: Array):
+    return add_bias(x, bias), None
+
+
+def _add_bias_backward(residuals: None, dy: Array):
+    del residuals
+    return together((dy, over_positions(dy).astype(dy.dtype)))
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def _kernel_gradient(x: Float[Array, "M C"], dy: Float[Array, "M c"]) -> Float[Array, "C c"]:
