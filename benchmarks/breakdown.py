@@ -33,8 +33,8 @@ KINDS = {
     r"conv\d?/|patch_embed/conv": "strided convolution",
     r"norm": "LayerNorm, and convolutions fused with it",
     r"op\._scan": "what surrounds the scan",
+    r"fc1/(?!.*dot_general)": "GELU",  # with the bias of the layer before it
     r"fc\d/|(in|out)_proj/|head/": "linear layer",
-    r"mlp/": "GELU",
     r"op/": "SiLU",
     r"blocks_\d+/": "residual sums, stochastic depth",
 }

@@ -227,7 +227,7 @@ def _over_states(
 _einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 # Other sums are products with ones: XLA's CPU reductions take up to 20 times as long.
-PARTS = 14
+PARTS = 8
 """Parts that are added up as they are computed, so that a product with ones has less to read."""
 
 

@@ -62,6 +62,7 @@ def _kernel_gradient(padded: Array, dy: Array) -> Array:
 
 
 def _kernel_gradient_by_rows(padded: Array, dy: Array) -> Array:
+    # Rows are added up as they are multiplied, and the columns of all images at the end.
     batch, height, width, channels = dy.shape
     size = padded.shape[1] - height + 1
     if dy.size == 0:
