@@ -9,7 +9,7 @@ import pytest
 
 from vmamba_jax import compiler_options, model_config
 from vmamba_jax.models import VSSM
-from vmamba_jax.models.layers import activations
+from vmamba_jax.models.layers import Dense, activations
 from vmamba_jax.ops import add_bias, linear
 from vmamba_jax.ops.residuals import KEPT, keep
 
@@ -63,6 +63,21 @@ def test_an_activation_with_a_bias_is_that_of_the_sum(name, dtype):
     sums = dx.astype(jnp.float32).sum(axis=(0, 1, 2))
     rounding = 1e-5 if dtype == jnp.float32 else 2**-8
     np.testing.assert_allclose(dbias.astype(jnp.float32), sums, rounding, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_layer_with_an_activation_is_the_layer_and_then_the_activation(use_bias, dtype):
+    x, kernel, bias = draw(2, 3, 8, 7)
+    params = {"kernel": kernel, "bias": bias} if use_bias else {"kernel": kernel}
+    layer = Dense(5, use_bias, dtype=dtype)
+    activated = layer.clone(act_layer="gelu").apply({"params": params}, x)
+    plain = layer.apply({"params": params}, x)
+    assert isinstance(plain, jax.Array)
+    assert isinstance(activated, jax.Array)
+    assert plain.dtype == dtype
+    rounding = 1e-6 if dtype == jnp.float32 else 2**-7
+    np.testing.assert_allclose(activated, activations["gelu"](plain), rounding, rounding)
 
 
 def test_bfloat16_stays_and_its_bias_gradient_is_summed_in_float32():

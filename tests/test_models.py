@@ -196,6 +196,8 @@ def test_low_precision_computes_low_and_stores_high():
     seen = state["intermediates"]["layers_0_blocks_0"]
     assert seen["op"]["in_proj"]["__call__"][0].dtype == jnp.bfloat16
     assert seen["mlp"]["fc2"]["__call__"][0].dtype == jnp.bfloat16
+    # What fc1 returns is its activation, in float32; its product is not.
+    assert "bf16[16,64] = dot_general" in str(jax.make_jaxpr(model.apply)(variables, images))
     # The residual stream sums up what every block adds.
     assert seen["__call__"][0].dtype == logits.dtype == jnp.float32
 
