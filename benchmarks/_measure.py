@@ -64,12 +64,10 @@ def in_place_run(like: jax.Array) -> tuple[Callable[[], object], float]:
     return run, 2.0 * like.nbytes
 
 
-def compile_timed(
-    function: Callable[..., Any], *arguments: Any, options: dict[str, str | bool] | None = None
-) -> tuple[Any, float]:
+def compile_timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     """The compiled function and the seconds that tracing and compiling took."""
     start = time.perf_counter()
-    compiled = jax.jit(function).lower(*arguments).compile(compiler_options=options)
+    compiled = jax.jit(function).lower(*arguments).compile()
     return compiled, time.perf_counter() - start
 
 

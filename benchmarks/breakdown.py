@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 from _measure import report
 
-from vmamba_jax import compiler_options, create_model
+from vmamba_jax import create_model
 from vmamba_jax.ops import scan_2d
 
 # The kind of an operation, by the first part of the model's name for it that is here.
@@ -65,7 +65,7 @@ def main(options: Options) -> None:
 
     programs = {"forward": model.apply, "step": jax.grad(loss)}
     compiled = {
-        name: jax.jit(program).lower(variables, images).compile(compiler_options=compiler_options())
+        name: jax.jit(program).lower(variables, images).compile()
         for name, program in programs.items()
     }
     names = {name: _names(program.as_text()) for name, program in compiled.items()}

@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 from _measure import compile_timed, interleaved, matmul_run, report
 
-from vmamba_jax import compiler_options, create_model
+from vmamba_jax import create_model
 from vmamba_jax.analysis.flops import summarize
 
 
@@ -148,7 +148,7 @@ def main(options: Options) -> None:
                     mode = f"train in {parts}" if parts > 1 else "train"
                     cases[mode] = (step, (variables["params"], rest, images))
             for mode, (function, arguments) in cases.items():
-                compiled, seconds = compile_timed(function, *arguments, options=compiler_options())
+                compiled, seconds = compile_timed(function, *arguments)
                 key = f"{name}/{batch}/{mode}"
                 runs[key + "/matmul"] = matmul
                 runs[key] = lambda compiled=compiled, arguments=arguments: compiled(*arguments)

@@ -19,7 +19,6 @@ import numpy as np
 import tyro
 from _measure import compile_timed, copy_run, in_place_run, interleaved, report
 
-from vmamba_jax import compiler_options
 from vmamba_jax.ops import IMPLEMENTATIONS, selective_scan
 
 # (L, C) of each stage at 224 pixels, ssm_ratio 1; K = 4.
@@ -69,8 +68,8 @@ def _case(stage: str, states: int, implementation: str, options: Options) -> lis
         return jax.vjp(scan, *arguments)[1](dy)
 
     dy = jnp.ones_like(arguments[0])
-    forward, forward_compile = compile_timed(scan, *arguments, options=compiler_options())
-    both, both_compile = compile_timed(gradient, dy, *arguments, options=compiler_options())
+    forward, forward_compile = compile_timed(scan, *arguments)
+    both, both_compile = compile_timed(gradient, dy, *arguments)
     copy, copied = copy_run(dy)
     in_place, _ = in_place_run(dy)
     runs = {

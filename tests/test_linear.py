@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vmamba_jax import compiler_options, model_config
+from vmamba_jax import model_config
 from vmamba_jax.models import VSSM
 from vmamba_jax.models.layers import Dense, activations
 from vmamba_jax.ops import add_bias, linear
@@ -94,30 +94,30 @@ def test_what_is_not_marked_is_computed_again():
         return jnp.tanh(keep(jnp.sin(jnp.exp(x))))
 
     x = jnp.linspace(0, 1, 8)
-    program = jax.jit(jax.grad(lambda x: block(x).sum())).lower(x)
-    compiled = program.compile(compiler_options=compiler_options()).as_text()
-    assert compiled is not None
-    assert compiled.count(" sine(") == 1  # kept
-    assert compiled.count(" exponential(") == 2
+    program = str(jax.make_jaxpr(jax.grad(lambda x: block(x).sum()))(x))
+    assert program.count("= sin ") == 1  # kept
+    assert program.count("= exp ") == 2
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
 def test_a_step_keeps_what_is_dear_of_each_block_and_no_more(use_checkpoint):
-    config = model_config("vmamba_tiny_s1l8").replace(
-        depths=(6,), dims=96, num_classes=0, use_checkpoint=use_checkpoint
-    )
-    model = VSSM(config)
-    images = jax.ShapeDtypeStruct((2, 112, 112, 3), jnp.float32)
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    blocks = {name: params.pop(name) for name in sorted(params) if "blocks" in name}
+    def maps(depth):
+        config = model_config("vmamba_tiny_s1l8").replace(
+            depths=(depth,), dims=96, num_classes=0, use_checkpoint=use_checkpoint
+        )
+        # In a loop: of blocks one after another XLA for CPU finds what is computed twice, and keeps
+        # it.
+        model = VSSM(config, scan_blocks=True)
+        images = jax.ShapeDtypeStruct((2, 112, 112, 3), jnp.float32)
+        params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
 
-    def loss(blocks, others, images):
-        return jnp.asarray(model.apply({"params": blocks | others}, images)).sum()
+        def loss(params, images):
+            return jnp.asarray(model.apply({"params": params}, images)).sum()
 
-    step = jax.jit(jax.grad(loss), compiler_options=compiler_options())
-    memory = step.lower(blocks, params, images).compile().memory_analysis()
-    assert memory is not None
-    maps = memory.temp_size_in_bytes / (2 * 28 * 28 * 96 * 4)
-    # A block keeps some 9 maps, 4 of them in its MLP (17 if nothing were computed again), or its
-    # input alone; the block at work needs some 40 more.
-    assert maps < 43 + (1.5 if use_checkpoint else 9) * len(blocks)
+        memory = jax.jit(jax.grad(loss)).lower(params, images).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes / (2 * 28 * 28 * 96 * 4)
+
+    # Some 9 maps, 4 of them in the MLP (17 if nothing were computed again), or the input alone; and
+    # the parameters and their gradients, which are stacked, take the room of 1.2.
+    assert (maps(8) - maps(2)) / 6 < (3 if use_checkpoint else 11)

@@ -1,6 +1,5 @@
 """VMamba, the visual state space model, in functional Flax."""
 
-from vmamba_jax.compiler import compiler_options
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.models import SS2D, VSSM, VSSBlock
 from vmamba_jax.ops import selective_scan
@@ -14,7 +13,6 @@ __all__ = [
     "VMambaConfig",
     "VSSBlock",
     "__version__",
-    "compiler_options",
     "create_model",
     "list_models",
     "model_config",

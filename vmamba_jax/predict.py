@@ -1,7 +1,7 @@
 """Classifies image files with the released evaluation protocol."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vmamba_jax.compiler import compiler_options
 from vmamba_jax.data.augment import EvalTransform
 from vmamba_jax.data.decode import DamagedRecordError, decode_image
 from vmamba_jax.models import VSSM
@@ -88,7 +87,7 @@ def predict(
     transform = EvalTransform(image_size)
     batch_size = min(batch_size, len(paths))
 
-    @partial(jax.jit, compiler_options=compiler_options())
+    @jax.jit
     def probabilities(variables: Variables, images: jax.Array) -> jax.Array:
         return jax.nn.softmax(model.apply(variables, images), axis=-1)  # pyright: ignore[reportArgumentType]
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from vmamba_jax._closest import closest
-from vmamba_jax.compiler import RUNS_ONCE
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.models import VSSM
 from vmamba_jax.typing import Array, Dtype, Variables
@@ -45,8 +44,8 @@ def create_model(
     name: str,
     *,
     pretrained: bool | str | os.PathLike[str] = False,
-    num_classes: int = 1000,
-    image_size: int = 224,
+    num_classes: int | None = None,
+    image_size: int | None = None,
     dtype: Dtype = jnp.float32,
     rng: Array | None = None,
     **config_overrides: object,
@@ -58,9 +57,10 @@ def create_model(
         pretrained: True for the weights that were released under this name, fetched once and
             kept; or the address of a checkpoint, or a path to one. A head of another number of
             classes starts anew.
-        num_classes: classes of the head; 0 leaves it out: the model returns pooled features.
+        num_classes: classes of the head; 0 leaves it out: the model returns pooled features. None:
+            as registered, 1000 for the released models.
         image_size: side of the image that a position embedding is made for, in pixels. Models
-            without one (all released ones) take any size.
+            without one (all released ones) take any size. None: as registered.
         dtype: compute dtype; parameters are float32.
         rng: key of the initial values; None: ``jax.random.key(0)``.
         **config_overrides: other fields of `VMambaConfig`.
@@ -74,9 +74,9 @@ def create_model(
             fit.
         OSError: if the pretrained weights can't be read.
     """
-    config = model_config(name).replace(
-        num_classes=num_classes, imgsize=image_size, **config_overrides
-    )
+    given = {"num_classes": num_classes, "imgsize": image_size}
+    given = {field: value for field, value in given.items() if value is not None}
+    config = model_config(name).replace(**given, **config_overrides)
     model = VSSM(config, dtype=dtype)
     if pretrained:
         # Files, network and Orbax are loaded only when asked for.
@@ -85,10 +85,9 @@ def create_model(
         seed = 0 if rng is None else int(jax.random.bits(rng))
         variables = load_pretrained(pretrained, config, name, seed)
         return model, jax.tree.map(jnp.asarray, variables)
-    images = jnp.zeros((1, image_size, image_size, config.in_chans))
+    images = jnp.zeros((1, config.imgsize, config.imgsize, config.in_chans), jnp.float32)
     # Compiled, the forward pass that Linen runs to find the shapes is dropped as dead code.
-    init = jax.jit(model.init, compiler_options=RUNS_ONCE)
-    variables = init(jax.random.key(0) if rng is None else rng, images)
+    variables = jax.jit(model.init)(jax.random.key(0) if rng is None else rng, images)
     return model, variables
 
 

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vmamba_jax.ops._discretise import softplus_and_slope
+from vmamba_jax.ops._alike import alike
+from vmamba_jax.ops._discretise import sigmoid, softplus
 from vmamba_jax.ops._parts import chunk_length, largest_divisor
 from vmamba_jax.ops.residuals import keep, together
 from vmamba_jax.typing import Array, Float
@@ -67,7 +68,7 @@ def chunked_scan(
     plan: Plan,
 ) -> Float[Array, "B L K C"]:
     """See `vmamba_jax.ops.selective_scan`."""
-    arrays, weights = (u, delta, B, C), (A, D, delta_bias, delta_proj)
+    arrays, weights = alike(((u, delta, B, C), (A, D, delta_bias, delta_proj)))
     if u.shape[0] == 0:
         return jnp.zeros_like(u)
     if u.shape[2] > 1:
@@ -100,7 +101,7 @@ def _forward(arrays, weights, delta_softplus, reverse, plan):
             y = y + wide_weights.D[None, None] * u
         return (leaving, total), (y.astype(now[0].dtype), entering[:, None])
 
-    start = jnp.zeros((group, *wide_weights.A.shape))
+    start = jnp.zeros_like(wide_weights.A, shape=(group, *wide_weights.A.shape))
     pad, unpad = _padding(arrays[0].shape[1], steps, reverse)
     (y, entering), _ = _over_chunks(advance, (start, ()), pad(*arrays), steps, reverse)
     return unpad(y), (arrays, weights, keep(entering))
@@ -149,7 +150,7 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
         )
         return (first, jax.tree.map(jnp.add, total, gradients)), per_step
 
-    start = jnp.zeros((group, *A.shape))
+    start = jnp.zeros_like(A, shape=(group, *A.shape))
     total = jax.tree.map(jnp.zeros_like, wide_weights)
     pad, unpad = _padding(dy.shape[1], steps, reverse)
     chunked = (*pad(*arrays, dy), entering)
@@ -181,7 +182,7 @@ def _step_size(delta: Array, weights: _Weights, delta_softplus: bool) -> tuple[A
         step = _einsum("gt...r,...rc->gt...c", step, weights.proj)
     if weights.bias is not None:
         step = step + weights.bias[None, None]
-    return softplus_and_slope(step) if delta_softplus else (step, jnp.ones_like(step))
+    return (softplus(step), sigmoid(step)) if delta_softplus else (step, jnp.ones_like(step))
 
 
 def _outer(a: Float[Array, "... C"], b: Float[Array, "... N"]) -> Float[Array, "... N C"]:
@@ -235,12 +236,12 @@ def _over_channels(
     a: Float[Array, "G T *K N C"], weight: Float[Array, "G T *K C"]
 ) -> Float[Array, "G T *K N"]:
     parts = _sum_of_parts(a * weight[..., None, :], axis=-1)
-    return _einsum("gt...c,c->gt...", parts, jnp.ones(parts.shape[-1]))
+    return _einsum("gt...c,c->gt...", parts, jnp.ones_like(parts, shape=parts.shape[-1:]))
 
 
 def _over_steps(a: Float[Array, "G T ..."]) -> Float[Array, "..."]:
     parts = _sum_of_parts(a, axis=1)
-    return _einsum("gt,gt...->...", jnp.ones(parts.shape[:2]), parts)
+    return _einsum("gt,gt...->...", jnp.ones_like(parts, shape=parts.shape[:2]), parts)
 
 
 def _sum_of_parts(a: Array, axis: int) -> Array:
@@ -293,7 +294,10 @@ def _over_chunks(
         return carry, tuple(put(w, p, i, now) for w, p in zip(results, parts, strict=True))
 
     parts = jax.eval_shape(lambda c: advance(c, tuple(cut(a, 0, 0) for a in arrays))[1], carry)
-    results = tuple(jnp.zeros((batch, count * p.shape[1], *p.shape[2:]), p.dtype) for p in parts)
+    results = tuple(
+        jnp.zeros_like(start, p.dtype, shape=(batch, count * p.shape[1], *p.shape[2:]))
+        for p in parts
+    )
     (_, total), results = jax.lax.fori_loop(0, batch // group * count, body, (carry, results))
     return results, total
 

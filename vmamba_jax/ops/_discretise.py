@@ -28,17 +28,15 @@ def step_size(
     delta = delta.astype(jnp.float32)
     if delta_bias is not None:
         delta = delta + delta_bias.astype(jnp.float32)[None, None]
-    return jax.nn.softplus(delta) if delta_softplus else delta
+    return softplus(delta) if delta_softplus else delta
 
 
-def softplus_and_slope(
-    x: Float[Array, "*any"],
-) -> tuple[Float[Array, "*any"], Float[Array, "*any"]]:
-    """``log(1 + exp(x))`` and its derivative, the sigmoid, within 2 ulp of float32.
+@jax.custom_jvp
+def softplus(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """``log(1 + exp(x))`` within 2 ulp of float32.
 
-    Half the time of `jax.nn.softplus` on a CPU: one exponential serves both, and the logarithm is
-    ``log1p(e) = 2 artanh(e / (2 + e))``, a short series because e <= 1. Not for automatic
-    differentiation.
+    Half the time of `jax.nn.softplus` on a CPU: the logarithm is
+    ``log1p(e) = 2 artanh(e / (2 + e))``, a short series because e <= 1.
     """
     e = jnp.exp(-jnp.abs(x))
     w = e / (2 + e)
@@ -46,4 +44,26 @@ def softplus_and_slope(
     series = jnp.full_like(x, 1 / 13)
     for n in (11, 9, 7, 5, 3, 1):
         series = series * square + 1 / n
-    return jnp.maximum(x, 0) + 2 * w * series, jnp.where(x < 0, e, 1) / (1 + e)
+    return jnp.maximum(x, 0) + 2 * w * series
+
+
+@softplus.defjvp
+def _softplus_jvp(primals, tangents):
+    # Said here, since what JAX derives from the maximum and the absolute value is wrong where they
+    # tie: at zero the second derivative would be zero.
+    (x,), (dx,) = primals, tangents
+    return softplus(x), sigmoid(x) * dx
+
+
+@jax.custom_jvp
+def sigmoid(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """``1 / (1 + exp(-x))``, by the exponential that `softplus` takes."""
+    e = jnp.exp(-jnp.abs(x))
+    return jnp.where(x < 0, e, jnp.ones_like(e)) / (1 + e)
+
+
+@sigmoid.defjvp
+def _sigmoid_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    y = sigmoid(x)
+    return y, y * (1 - y) * dx

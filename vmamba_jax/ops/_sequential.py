@@ -48,7 +48,7 @@ def _recurrence(
         decay, drive = coefficients(tuple(get(a, t) for a in arrays))
         return put(states, decay * get(states, before) + drive, after)
 
-    states = jnp.zeros((group, steps + 1, *start.shape[1:]))
+    states = jnp.zeros_like(start, shape=(group, steps + 1, *start.shape[1:]))
     states = put(states, start, steps if reverse else 0)
     return jax.lax.fori_loop(0, steps, advance, states)
 

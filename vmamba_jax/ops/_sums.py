@@ -14,7 +14,7 @@ def over_positions(a: Float[Array, "... C"]) -> Float[Array, "C"]:
     rows = a.reshape(-1, a.shape[-1]).astype(jnp.float32)
     return jax.lax.platform_dependent(
         rows,
-        cpu=lambda rows: jnp.ones(len(rows)) @ rows,
+        cpu=lambda rows: jnp.ones_like(rows, shape=rows.shape[:1]) @ rows,
         default=lambda rows: rows.sum(axis=0),
     )
 

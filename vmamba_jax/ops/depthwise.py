@@ -10,6 +10,7 @@ from operator import add
 import jax
 import jax.numpy as jnp
 
+from vmamba_jax.ops._alike import alike
 from vmamba_jax.ops._parts import largest_divisor
 from vmamba_jax.ops._sums import over_positions
 from vmamba_jax.ops.residuals import keep, together
@@ -19,7 +20,6 @@ ROWS = 14
 """Rows of the map whose part of the kernel's gradient is computed at once on a CPU."""
 
 
-@jax.custom_vjp
 def depthwise_conv(x: FeatureMap, kernel: Float[Array, "S S C"]) -> Float[Array, "B P Q C"]:
     """Convolves each channel with its own kernel, padded by ``(S - 1) // 2`` zeros.
 
@@ -30,6 +30,11 @@ def depthwise_conv(x: FeatureMap, kernel: Float[Array, "S S C"]) -> Float[Array,
     Returns:
         The convolved map in float32.
     """
+    return _convolve(*alike((x, kernel)))
+
+
+@jax.custom_vjp
+def _convolve(x: Array, kernel: Array) -> Array:
     return _forward(x, kernel)[0]
 
 
@@ -47,7 +52,8 @@ def _backward(residuals, dy: Array):
     dkernel = jax.lax.platform_dependent(
         padded, dy, cpu=_kernel_gradient_by_rows, default=_kernel_gradient
     )
-    return together((dx.astype(padded.dtype), dkernel.astype(kernel.dtype)))
+    gradients = (dx.astype(padded.dtype), dkernel.astype(kernel.dtype))
+    return together(gradients)
 
 
 def _kernel_gradient(padded: Array, dy: Array) -> Array:
@@ -66,7 +72,7 @@ def _kernel_gradient_by_rows(padded: Array, dy: Array) -> Array:
     batch, height, width, channels = dy.shape
     size = padded.shape[1] - height + 1
     if dy.size == 0:
-        return jnp.zeros((size, size, channels))
+        return jnp.zeros((size, size, channels), jnp.float32)
     rows = largest_divisor(height, ROWS)
     count = height // rows
 
@@ -85,13 +91,13 @@ def _kernel_gradient_by_rows(padded: Array, dy: Array) -> Array:
             total + jnp.stack([tap(i, j) for j in range(size)]) for i, total in enumerate(totals)
         ]
 
-    start = [jnp.zeros((size, width, channels), jnp.float32)] * size
+    start = [jnp.zeros_like(dy, jnp.float32, shape=(size, width, channels))] * size
     totals = jax.lax.fori_loop(0, batch * count, add_rows, start)
     sums = [[over_positions(columns) for columns in total] for total in totals]
     return jnp.asarray(sums)
 
 
-depthwise_conv.defvjp(_forward, _backward)
+_convolve.defvjp(_forward, _backward)
 
 
 def _correlate(padded: Array, kernel: Array) -> Array:

@@ -7,6 +7,7 @@ residual stream in every block: VMamba-T's training step took an eighth more tim
 import jax
 import jax.numpy as jnp
 
+from vmamba_jax.ops._alike import alike
 from vmamba_jax.ops._sums import over_channels, over_positions
 from vmamba_jax.ops.residuals import keep, together
 from vmamba_jax.typing import Array, Float
@@ -14,7 +15,6 @@ from vmamba_jax.typing import Array, Float
 EPSILON = 1e-5  # PyTorch's
 
 
-@jax.custom_vjp
 def layer_norm(
     x: Float[Array, "... C"], scale: Float[Array, "C"], bias: Float[Array, "C"]
 ) -> Float[Array, "... C"]:
@@ -31,6 +31,11 @@ def layer_norm(
     Returns:
         y in float32.
     """
+    return _layer_norm(*alike((x, scale, bias)))
+
+
+@jax.custom_vjp
+def _layer_norm(x: Array, scale: Array, bias: Array) -> Array:
     return _forward(x, scale, bias)[0]
 
 
@@ -52,11 +57,12 @@ def _backward(residuals, dy: Array):
     lost = over_channels(dy, scale) + standard * over_channels(along, scale)
     dx = (dy * _over(scale, x) - lost / x.shape[-1]) * inverse
     dscale, dbias = over_positions(along), over_positions(dy)
-    return together((dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)))
+    gradients = (dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype))
+    return together(gradients)
 
 
 def _over(weight: Float[Array, "C"], x: Float[Array, "... C"]) -> Array:
     return weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
-layer_norm.defvjp(_forward, _backward)
+_layer_norm.defvjp(_forward, _backward)

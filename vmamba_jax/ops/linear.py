@@ -2,12 +2,12 @@
 
 import jax
 
+from vmamba_jax.ops._alike import alike
 from vmamba_jax.ops._sums import over_positions
 from vmamba_jax.ops.residuals import keep, together
 from vmamba_jax.typing import Array, Float
 
 
-@jax.custom_vjp
 def linear(
     x: Float[Array, "... C"], kernel: Float[Array, "C c"], bias: Float[Array, "c"] | None = None
 ) -> Float[Array, "... c"]:
@@ -18,6 +18,15 @@ def linear(
         kernel: weights, of the dtype of `x`.
         bias: of the dtype of `x`; None adds nothing.
     """
+    return _linear(*alike((x, kernel, bias)))
+
+
+@jax.custom_vjp
+def _linear(x: Array, kernel: Array, bias: Array | None) -> Array:
+    return _product(x, kernel, bias)
+
+
+def _product(x: Array, kernel: Array, bias: Array | None) -> Array:
     # A matrix of rows: XLA for CPU copies the operand of a fused product that has more axes.
     y = _rows(x) @ kernel
     if bias is not None:
@@ -26,20 +35,21 @@ def linear(
 
 
 def _forward(x: Array, kernel: Array, bias: Array | None):
-    return keep(linear(x, kernel, bias)), (x, kernel, bias)
+    # Not by `linear`: a gradient that is differentiated forward must meet plain operations.
+    return keep(_product(x, kernel, bias)), (x, kernel, bias)
 
 
 def _backward(residuals, dy: Array):
     x, kernel, bias = residuals
     dx = (_rows(dy) @ kernel.T).reshape(x.shape)
     dbias = None if bias is None else over_positions(dy).astype(bias.dtype)
-    return together((dx, _kernel_gradient(_rows(x), _rows(dy)), dbias))
+    gradients = (dx, _kernel_gradient(_rows(x), _rows(dy)), dbias)
+    return together(gradients)
 
 
-linear.defvjp(_forward, _backward)
+_linear.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
 def add_bias(x: Float[Array, "... C"], bias: Float[Array, "C"]) -> Float[Array, "... C"]:
     """``x + bias`` at each position.
 
@@ -47,11 +57,16 @@ def add_bias(x: Float[Array, "... C"], bias: Float[Array, "C"]) -> Float[Array, 
         x: any float dtype.
         bias: of the dtype of `x`.
     """
+    return _add_bias(*alike((x, bias)))
+
+
+@jax.custom_vjp
+def _add_bias(x: Array, bias: Array) -> Array:
     return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
 def _add_bias_forward(x: Array, bias: Array):
-    return add_bias(x, bias), None
+    return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape), None
 
 
 def _add_bias_backward(residuals: None, dy: Array):
@@ -59,7 +74,7 @@ def _add_bias_backward(residuals: None, dy: Array):
     return together((dy, over_positions(dy).astype(dy.dtype)))
 
 
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def _kernel_gradient(x: Float[Array, "M C"], dy: Float[Array, "M c"]) -> Float[Array, "C c"]:

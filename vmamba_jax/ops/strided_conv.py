@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from vmamba_jax.ops._alike import alike
 from vmamba_jax.ops._parts import largest_divisor
 from vmamba_jax.typing import Array, FeatureMap, Float, ResampledMap
 
@@ -31,7 +32,7 @@ def strided_conv(
     Returns:
         ``(B, h, w, c)`` of the dtype of `x`, with ``h = (H + 2 * padding - S) // stride + 1``.
     """
-    return _convolve(x, kernel, stride, padding)
+    return _convolve(*alike((x, kernel)), stride, padding)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -50,7 +51,7 @@ def _by_xla(x: Array, kernel: Array, stride: int, padding: int) -> Array:
 
 
 def _forward(x: Array, kernel: Array, stride: int, padding: int):
-    return _convolve(x, kernel, stride, padding), (x, kernel)
+    return _by_xla(x, kernel, stride, padding), (x, kernel)
 
 
 def _backward(stride: int, padding: int, residuals: tuple[Array, Array], dy: Array):

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vmamba_jax.compiler import RUNS_ONCE
 from vmamba_jax.training.sharding import state_sharding
 from vmamba_jax.typing import Variables
 
@@ -109,7 +108,7 @@ def abstract_state(init: Callable[[], TrainState], mesh: Mesh) -> TrainState:
 def create_state(init: Callable[[], TrainState], mesh: Mesh) -> TrainState:
     """Runs `init` so that every leaf is born on the devices that it belongs to."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(init, mesh))
-    return jax.jit(init, out_shardings=shardings, compiler_options=RUNS_ONCE)()
+    return jax.jit(init, out_shardings=shardings)()
 
 
 def with_weights(state: TrainState, variables: Variables) -> TrainState:

@@ -11,7 +11,6 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from vmamba_jax.compiler import compiler_options
 from vmamba_jax.training.optimizer import ema_update
 from vmamba_jax.training.sharding import replicated, state_sharding
 from vmamba_jax.training.state import TrainState
@@ -150,7 +149,7 @@ def make_train_step(
         new = jax.lax.with_sharding_constraint(new, state_sharding(new, mesh))
         return new, jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 
-    return jax.jit(sharded_step, donate_argnums=0, compiler_options=_options(mesh))
+    return jax.jit(sharded_step, donate_argnums=0)
 
 
 def make_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
@@ -185,9 +184,4 @@ def make_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
         sums["prediction"] = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return jax.lax.with_sharding_constraint(sums, replicated(mesh))
 
-    return jax.jit(eval_step, compiler_options=_options(mesh))
-
-
-def _options(mesh: Mesh) -> dict[str, str | bool]:
-    # Not JAX's own device: a mesh may be of a TPU that isn't here, to be compiled for only.
-    return compiler_options(mesh.devices.flat[0].platform)
+    return jax.jit(eval_step)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from vmamba_jax.compiler import RUNS_ONCE, compiler_options
 from vmamba_jax.training.config import RunConfig
 from vmamba_jax.training.setup import build_model
 from vmamba_jax.training.sharding import batch_sharding, check_batch_size, make_mesh, replicated
@@ -80,13 +79,10 @@ def measure_throughput(
     speeds = {}
     with jax.set_mesh(mesh):
         images = jax.jit(noise, out_shardings=batch_sharding(mesh))()
-        variables = jax.jit(
-            model.init,
-            out_shardings=replicated(mesh),
-            compiler_options=RUNS_ONCE,
-        )(jax.random.key(0), images[:1])
+        init = jax.jit(model.init, out_shardings=replicated(mesh))
+        variables = init(jax.random.key(0), images[:1])
         for name, run in (("forward", forward), ("forward_backward", forward_backward)):
-            compiled = jax.jit(run, compiler_options=compiler_options())
+            compiled = jax.jit(run)
             seconds = _seconds(compiled, (variables, images), config)
             speeds[name] = config.images / seconds
             console.print(
