@@ -59,6 +59,8 @@ def convert(
     target: _Target,
     *,
     weights: WeightChoice = "auto",
+    entry: str | None = None,
+    prefix: str | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
     to: Literal["orbax", "safetensors", "pth"] | None = None,
@@ -72,6 +74,8 @@ def convert(
             model for this package (Orbax).
         weights: Which ones, where a training run saved two: the averaged (ema), the plain (model),
             or auto: the averaged if there are any.
+        entry: The entry of the file that holds the model, where several do.
+        prefix: What the model's names begin with, where one entry holds several models.
         num_classes: Replace the head by a new one of so many classes.
         image_size: Resize the position embedding, if there is one, for images of this side.
         to: The format of TARGET, where its name does not say it.
@@ -81,7 +85,7 @@ def convert(
     if target.exists():
         raise ValueError(f"{target}: exists already; choose another name or delete it")
     with _err.status(f"reading {source}"):
-        read = read_weights(source, weights, num_classes, image_size)
+        read = read_weights(source, weights, num_classes, image_size, entry=entry, prefix=prefix)
     with _err.status(f"writing {target}"):
         match form:
             case "safetensors":
@@ -245,7 +249,8 @@ def _report(read: Weights, target: Path, form: str) -> None:
     about = read.provenance
     lines = {
         "layout": about.get("layout"),
-        "weights": about.get("weights"),
+        "weights": f"{about.get('weights')}{' (averaged)' if about.get('averaged') else ''}",
+        "prefix": about.get("prefix") or "none",
         "model": f"depths {config.depths}, dims {config.stage_dims}, {config.forward_type}, "
         f"{config.num_classes} classes",
         "written": f"{target} ({form})",

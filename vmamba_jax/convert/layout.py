@@ -1,22 +1,30 @@
-"""Finds the weights inside a loaded checkpoint, whichever program saved it."""
+"""Chooses the weights inside a loaded checkpoint, whichever program saved it."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
 
+from vmamba_jax.convert.locate import Located, locate
 from vmamba_jax.convert.torch_file import Opaque
 from vmamba_jax.errors import CheckpointError
 
 WeightChoice = Literal["auto", "model", "ema"]
 
-# Keys under which training programs keep a state dict, the averaged one and the plain one.
-_EMA_KEYS = ("model_ema", "state_dict_ema")
-_MODEL_KEYS = ("model", "state_dict")
-# Prefixes that a wrapper puts before every name: DistributedDataParallel, torch.compile.
-_WRAPPERS = ("module.", "_orig_mod.")
-_BACKBONE = "backbone."
+# Words in the name of an entry or in a prefix that say: a moving average.
+_AVERAGED = {"ema", "swa", "average", "averaged"}
+# What only one program writes -> its name, for the report.
+_PROGRAMS = (
+    ("pytorch-lightning_version", "Lightning"),
+    ("averaging_state", "Lightning"),
+    ("message_hub", "mmengine"),
+    ("meta", "mmengine"),
+    ("ds_version", "DeepSpeed"),
+    ("network_weights", "nnU-Net"),
+    ("arch", "timm"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,31 +32,44 @@ class FoundWeights:
     """The weights of a checkpoint.
 
     Attributes:
-        layout: ``"state dict"``, ``"released"``, ``"training"`` or ``"mmengine"``.
-        chosen: the key they were under; empty for a bare state dict.
-        tensors: arrays under the names they have there, less the wrappers' prefixes.
+        layout: the program that wrote it, where it can be told (``"Lightning"``, ``"mmengine"``,
+            ...); else ``"state dict"``, ``"released"`` or ``"training"``.
+        entry: the key they were under, inner ones after ``/``; empty for a bare state dict.
+        prefix: what their names begin with there, such as ``"module.backbone."``.
+        averaged: whether they are a moving average of the weights trained.
+        tensors: arrays under the names they have there, less prefix and wrappers.
         left_out: what else the checkpoint holds -> why it is left out.
         config_fields: fields of `VMambaConfig` that leave no trace in the weights and that the
             training configuration inside the checkpoint states.
     """
 
     layout: str
-    chosen: str
+    entry: str
+    prefix: str
+    averaged: bool
     tensors: dict[str, np.ndarray]
     left_out: dict[str, str]
     config_fields: dict[str, Any]
 
 
-def find_weights(checkpoint: object, weights: WeightChoice = "auto") -> FoundWeights:
+def find_weights(
+    checkpoint: object,
+    weights: WeightChoice = "auto",
+    entry: str | None = None,
+    prefix: str | None = None,
+) -> FoundWeights:
     """Finds the weights in what `load_torch_file` returned.
 
     Args:
         checkpoint: the loaded object.
         weights: which ones, where a training run saved two: the model as trained, its exponential
             moving average, or ``"auto"``: the average if there is one.
+        entry: the entry that holds them, where several hold a VMamba; ``"outer/inner"`` for one
+            in another.
+        prefix: what their names begin with, where one entry holds several VMambas.
 
     Raises:
-        CheckpointError: there are none, or not those asked for.
+        CheckpointError: there are none, or not those asked for, or several to choose from.
     """
     if isinstance(checkpoint, Opaque):
         raise CheckpointError(
@@ -57,64 +78,117 @@ def find_weights(checkpoint: object, weights: WeightChoice = "auto") -> FoundWei
         )
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise CheckpointError("it holds no state dict")
-    left_out: dict[str, str] = {}
-    if any(isinstance(value, np.ndarray) for value in checkpoint.values()):
-        if weights == "ema":
-            raise CheckpointError("it is a bare state dict: it has no averaged (EMA) weights")
-        layout, chosen, tensors = "state dict", "", checkpoint
-    else:
-        chosen = _choose(checkpoint, weights)
-        tensors = checkpoint[chosen]
-        for key, value in checkpoint.items():
-            if key != chosen:
-                left_out[str(key)] = _why_left_out(key, value)
-        layout = "mmengine" if chosen == "state_dict" else "training" if left_out else "released"
-    tensors = _unwrapped(tensors, chosen)
-    if any(name.startswith(_BACKBONE) for name in tensors):
-        left_out |= {
-            name: "belongs to a head on top of the backbone"
-            for name in tensors
-            if not name.startswith(_BACKBONE)
-        }
-        tensors = {
-            name.removeprefix(_BACKBONE): array
-            for name, array in tensors.items()
-            if name.startswith(_BACKBONE)
-        }
-    return FoundWeights(layout, chosen, tensors, left_out, _config_fields(checkpoint))
+    located = locate(checkpoint)
+    if not located:
+        raise CheckpointError(
+            "no VMamba state dict is in it (names layers.I.blocks.J beside patch_embed); its "
+            f"entries are: {_contents(checkpoint)}"
+        )
+    averaged = {id(one): _is_averaged(one, checkpoint) for one in located}
+    chosen = _choose(located, averaged, weights, entry, prefix)
+    left_out = dict.fromkeys(chosen.beside, f"no part of a VMamba under {chosen.prefix!r}")
+    others = {one.path[0] for one in located if one.path and one.path != chosen.path}
+    for key, value in checkpoint.items():
+        if chosen.path and key != chosen.path[0]:
+            left_out[str(key)] = _why_left_out(value, key in others)
+    return FoundWeights(
+        layout=_layout(checkpoint, chosen, bool(left_out)),
+        entry=chosen.entry,
+        prefix=chosen.prefix,
+        averaged=bool(averaged[id(chosen)]),
+        tensors=_only_arrays(chosen.tensors),
+        left_out=left_out,
+        config_fields=_config_fields(checkpoint),
+    )
 
 
-def _choose(checkpoint: Mapping[Any, Any], weights: WeightChoice) -> str:
-    averaged = [key for key in _EMA_KEYS if isinstance(checkpoint.get(key), dict)]
-    plain = [key for key in _MODEL_KEYS if isinstance(checkpoint.get(key), dict)]
-    wanted = {"auto": averaged + plain, "ema": averaged, "model": plain}[weights]
+def _is_averaged(one: Located, checkpoint: Mapping[Any, Any]) -> bool | None:
+    """Whether a set is an average of weights; None where the file does not say."""
+    # Two programs swap the sets as they save, so that whoever loads state_dict gets the average.
+    swapped = checkpoint.get("ema_state_dict") or None
+    if isinstance(swapped, dict) and one.path in (("state_dict",), ("ema_state_dict",)):
+        if not isinstance(checkpoint.get("state_dict"), dict):
+            return True
+        # mmengine's EMAHook. Its average is a module with a counter around the model; programs
+        # without either use the same two keys for what they say.
+        wrapped = any(name == "steps" or str(name).startswith("module.") for name in swapped)
+        if not (wrapped or "meta" in checkpoint or "message_hub" in checkpoint):
+            return None
+        return one.path == ("state_dict",)
+    if "averaging_state" in checkpoint and isinstance(checkpoint.get("current_model_state"), dict):
+        return one.path == ("state_dict",)  # Lightning's WeightAveraging
+    if one.prefix.endswith("module.") and f"{one.prefix[:-7]}n_averaged" in one.beside:
+        return True  # torch's AveragedModel
+    words = re.split(r"[^a-z0-9]+", f"{one.entry}.{one.prefix}".lower())
+    return not _AVERAGED.isdisjoint(words)
+
+
+def _choose(
+    located: list[Located],
+    averaged: Mapping[int, bool | None],
+    weights: WeightChoice,
+    entry: str | None,
+    prefix: str | None,
+) -> Located:
+    held = "; ".join(map(str, located[:4]))
+    named = [
+        one
+        for one in located
+        if entry in (None, one.entry)
+        and (prefix is None or prefix.removesuffix(".") == one.prefix.removesuffix("."))
+    ]
+    if not named:
+        raise CheckpointError(f"no VMamba is under that entry or prefix; it holds: {held}")
+    if len(named) > 1 and any(averaged[id(one)] is None for one in named):
+        raise CheckpointError(
+            "it does not say which of its two sets of weights is the average: choose with "
+            "--entry state_dict or --entry ema_state_dict"
+        )
+    averages = [one for one in named if averaged[id(one)]]
+    plain = [one for one in named if not averaged[id(one)]]
+    wanted = {"auto": averages or plain, "ema": averages, "model": plain}[weights]
     if not wanted:
-        held = ", ".join(sorted(str(key)[:40] for key in checkpoint)[:12])
-        asked = {"ema": "averaged (EMA) ", "model": "plain "}.get(weights, "")
-        raise CheckpointError(f"it has no {asked}weights; its entries are: {held}")
+        asked = {"ema": "averaged (EMA)", "model": "plain"}[weights]
+        raise CheckpointError(f"it has no {asked} weights; it holds: {held}")
+    if len(wanted) > 1:
+        shown = "; ".join(map(str, wanted[:4]))
+        option = "--entry" if len({one.path for one in wanted}) > 1 else "--prefix"
+        raise CheckpointError(f"it holds {len(wanted)} VMambas: {shown}. Choose with {option}")
     return wanted[0]
 
 
-def _unwrapped(tensors: Mapping[Any, Any], chosen: str) -> dict[str, np.ndarray]:
-    if not tensors:
-        raise CheckpointError(f"its entry {chosen!r} is empty")
+def _only_arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, value in tensors.items():
-        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+        if not isinstance(value, np.ndarray):
             kind = value.name if isinstance(value, Opaque) else type(value).__name__
-            raise CheckpointError(f"its weight {str(name)[:80]!r} is no tensor but {kind[:80]}")
-    names = list(tensors)
-    while wrapper := next((w for w in _WRAPPERS if all(n.startswith(w) for n in names)), None):
-        names = [name.removeprefix(wrapper) for name in names]
-    return dict(zip(names, tensors.values(), strict=True))
+            raise CheckpointError(f"its weight {name[:80]!r} is no tensor but {kind[:80]}")
+    return dict(tensors)
 
 
-def _why_left_out(key: object, value: object) -> str:
+def _contents(checkpoint: Mapping[Any, Any]) -> str:
+    shown = [
+        f"{str(key)[:40]} (an object of {value.name[:80]})"
+        if isinstance(value, Opaque)
+        else str(key)[:40]
+        for key, value in list(checkpoint.items())[:8]
+    ]
+    return ", ".join(shown) + (", ..." if len(checkpoint) > len(shown) else "")
+
+
+def _layout(checkpoint: Mapping[Any, Any], chosen: Located, has_more: bool) -> str:
+    if not chosen.path:
+        return "state dict"
+    for key, program in _PROGRAMS:
+        if key in checkpoint:
+            return program
+    return "training" if has_more or chosen.path != ("model",) else "released"
+
+
+def _why_left_out(value: object, is_a_vmamba: bool) -> str:
     if isinstance(value, Opaque):
         return f"an object of {value.name}, not run"
-    if key in _EMA_KEYS + _MODEL_KEYS:
+    if is_a_vmamba:
         return "the other set of weights; --weights chooses"
-    if key == "ema_state_dict":  # mmengine saves the average as state_dict, the plain ones here
-        return "the weights before averaging"
     return "training state"
 
 

@@ -1,7 +1,8 @@
 """Brings a VMamba state dict to today's names and shapes.
 
-The PyTorch project renamed its modules twice and published three spellings of the same layers;
-this is the table of all of them. Only names and shapes decide, never where a file came from.
+The PyTorch project renamed its modules twice and published three spellings of the same layers, and
+the Hugging Face port has its own; this is the table of all of them. Only names and shapes decide,
+never where a file came from.
 """
 
 import re
@@ -21,14 +22,22 @@ _RENAMED = (
     (re.compile(r"^(layers\.\d+\.blocks\.\d+)\.self_attention\."), r"\1.op."),
     (re.compile(r"^norm\."), "classifier.norm."),
     (re.compile(r"^head\."), "classifier.head."),
+    # Names of the Hugging Face port.
+    (re.compile(r"^embeddings\.(conv1|projection)\."), "patch_embed.0."),
+    (re.compile(r"^embeddings\.(norm1|norm)\."), "patch_embed.2."),
+    (re.compile(r"^embeddings\.conv2\."), "patch_embed.5."),
+    (re.compile(r"^embeddings\.norm2\."), "patch_embed.7."),
+    (re.compile(r"^encoder\.layers\."), "layers."),
+    (re.compile(r"^layernorm\."), "classifier.norm."),
+    (re.compile(r"^classifier\.(weight|bias)$"), r"classifier.head.\1"),
 )
 # Names of the one-file edition: the projections of all routes as one grouped linear layer.
 _GROUPED = re.compile(r"^(.*\.op)\.(x_proj|dt_projs)\.weight$")
 _MERGING = re.compile(r"^(layers\.\d+\.downsample)\.([12])\.(weight|bias)$")
+# The Hugging Face port's strided convolution and its norm; a merging's norm has today's name there.
+_STRIDED = re.compile(r"^(layers\.\d+\.downsample)\.(conv|norm)\.")
 # Layers that are linear whichever way they are stored; a convolution's 1x1 kernel stays 4-D.
 _LINEAR = re.compile(r"\.(in_proj|out_proj|fc1|fc2|head|reduction)\.weight$")
-# The norms that a detector or segmenter puts on a backbone's outputs.
-_OUTPUT_NORM = re.compile(r"^outnorm\d+\.")
 
 
 class Change(NamedTuple):
@@ -65,18 +74,19 @@ def standard_names(
     one_file_merging = any(
         name.endswith("downsample.1.weight") and array.ndim == 1 for name, array in tensors.items()
     )
+    strided = any(".downsample.conv." in name for name in tensors)
     state_dict: dict[str, np.ndarray] = {}
     changes: list[Change] = []
     for source, array in tensors.items():
-        if _OUTPUT_NORM.match(source):
-            changes.append(Change(source, "", "left out", "a norm of another network's inputs"))
-            continue
         target, shape = source, array.shape
         for pattern, replacement in _RENAMED:
             target = pattern.sub(replacement, target)
         if one_file_merging and (match := _MERGING.match(target)):
             layer = {"1": "norm", "2": "reduction"}[match[2]]
             target = f"{match[1]}.{layer}.{match[3]}"
+        if strided and (match := _STRIDED.match(target)):
+            layer = {"conv": "1", "norm": "3"}[match[2]]
+            target = f"{match[1]}.{layer}.{target[match.end() :]}"
         if match := _GROUPED.match(target):
             target = f"{match[1]}.{match[2]}_weight"
             if array.shape[2:] in ((), (1,), (1, 1)) and array.shape[0] % _ROUTES == 0:

@@ -49,6 +49,9 @@ def read_weights(
     num_classes: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
+    *,
+    entry: str | None = None,
+    prefix: str | None = None,
 ) -> Weights:
     """Reads a model from a PyTorch checkpoint, a safetensors file or a saved model.
 
@@ -59,6 +62,8 @@ def read_weights(
         num_classes: replace the head by a new one of so many classes, unless it has them.
         image_size: resize the position embedding for images of this side, if there is one.
         seed: of a new head's weights.
+        entry: the entry of the file that holds the model, where several do; see `find_weights`.
+        prefix: what the model's names begin with, where an entry holds several.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
@@ -66,7 +71,10 @@ def read_weights(
     """
     path = Path(path)
     try:
-        read = _read_saved_model(path) if path.is_dir() else _read_file(path, weights)
+        if path.is_dir():
+            read = _read_saved_model(path)
+        else:
+            read = _read_file(path, weights, entry, prefix)
         config, state_dict, new_head, resized = read.config, read.state_dict, [], []
         if num_classes is not None:
             config = config.replace(num_classes=num_classes)
@@ -106,12 +114,12 @@ def _read_saved_model(path: Path) -> Weights:
     return Weights(state_dict, saved.config, saved.provenance, changes, saved.class_names)
 
 
-def _read_file(path: Path, weights: WeightChoice) -> Weights:
+def _read_file(path: Path, weights: WeightChoice, entry: str | None, prefix: str | None) -> Weights:
     if path.suffix == ".safetensors":
         checkpoint: Any = _load_safetensors(path)
     else:
         checkpoint = load_torch_file(path)
-    found = find_weights(checkpoint, weights)
+    found = find_weights(checkpoint, weights, entry, prefix)
     del checkpoint  # its optimizer state, as large as the weights twice over
     state_dict, changes = standard_names(found.tensors)
     changes += [Change(name, "", "left out", why) for name, why in found.left_out.items()]
@@ -123,7 +131,9 @@ def _read_file(path: Path, weights: WeightChoice) -> Weights:
         "source": path.name,
         "sha256": sha256(path),
         "layout": found.layout,
-        "weights": found.chosen or "state dict",
+        "weights": found.entry or "state dict",
+        "prefix": found.prefix,
+        "averaged": found.averaged,
     }
     dtypes = {a.dtype.name for a in state_dict.values() if a.dtype.kind != "i"} - {"float32"}
     if dtypes and len(dtypes) == 1 and not any(a.dtype == np.float32 for a in state_dict.values()):
