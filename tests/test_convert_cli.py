@@ -63,6 +63,36 @@ def test_convert_writes_a_model_and_reports_what_it_did(run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, saved.variables, read.variables())
 
 
+def test_convert_says_which_tensors_a_folder_rounds(run, tmp_path):
+    weights = load_torch_file(RELEASED)["model"]
+    weights["classifier.head.bias"] = weights["classifier.head.bias"].astype(np.float64)
+    torch_writer.save(tmp_path / "a.pth", weights)
+    code, out, _ = run("convert", tmp_path / "a.pth", tmp_path / "model")
+    assert code == 0
+    assert "not kept: 1 tensors of float64 are rounded to float32" in out
+    code, out, _ = run("convert", tmp_path / "a.pth", tmp_path / "b.safetensors")
+    assert code == 0
+    assert "not kept" not in out
+    assert (
+        read_weights(tmp_path / "b.safetensors").state_dict["classifier.head.bias"].dtype == float
+    )
+
+
+def test_convert_takes_the_entry_and_the_prefix_that_it_is_told(run, tmp_path):
+    weights = load_torch_file(RELEASED)["model"]
+    both = {f"{name}.{key}": array for name in ("one", "two") for key, array in weights.items()}
+    torch_writer.save(tmp_path / "a.pth", {"net": both})
+    code, _, err = run("convert", tmp_path / "a.pth", tmp_path / "model")
+    assert code == 1
+    assert "'one.'" in err
+    assert "Choose with --prefix" in err
+    code, out, _ = run(
+        *("convert", tmp_path / "a.pth", tmp_path / "model"), *("--entry", "net", "--prefix", "two")
+    )
+    assert code == 0
+    assert "prefix: two." in out
+
+
 def test_convert_back_gives_pytorch_its_own_bits(run, tmp_path):
     assert run("convert", FIXTURES / "cls_bfloat16.pth", tmp_path / "model")[0] == 0
     assert run("convert", tmp_path / "model", tmp_path / "a.safetensors")[0] == 0

@@ -207,6 +207,7 @@ SYSTEM = reference("os", "system") + b"X\x04\x00\x00\x00true\x85"
     [
         SYSTEM + b"R}b.",  # a call, then attributes
         SYSTEM + b"\x81.",  # NEWOBJ
+        SYSTEM + b"}\x92.",  # NEWOBJ_EX
         b"\x8c\x02os\x8c\x06system\x93)R.",  # STACK_GLOBAL
         reference("builtins", "dict") + b")R(X\x01\x00\x00\x00aK\x01u.",
         reference("collections", "OrderedDict") + b")R}b.",
@@ -221,7 +222,6 @@ def test_calls_of_unknown_functions_are_inert(tmp_path, operations):
     [
         b"(cos\nsystem\nX\x04\x00\x00\x00trueo.",  # OBJ
         b"(X\x04\x00\x00\x00trueios\nsystem\n.",  # INST
-        reference("os", "system") + b")}\x92.",  # NEWOBJ_EX
         b"\x82\x01.",  # EXT1
         b"Pid\n.",  # PERSID
         b"\x96" + struct.pack("<Q", 1 << 40) + b".",  # BYTEARRAY8 of a terabyte
@@ -257,6 +257,54 @@ def test_deep_nesting_neither_overflows_nor_hangs(tmp_path):
 def test_a_large_memo_index_costs_no_memory(tmp_path):
     path = write_program(tmp_path / "a.pth", b"}r\xff\xff\xff\xff.")
     assert load_torch_file(path) == {}
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [
+        b"}" * 2_000_000 + b".",  # a dict for every byte
+        b"X" + struct.pack("<I", 9 << 20) + b"a" * (9 << 20) + b".",
+        b"}\x8b" + struct.pack("<i", 1000) + b"\x01" * 1000 + b"Ns.",  # an integer of 8000 bits
+        b"}\x8a\x09" + bytes(8) + b"\x01Ns.",  # 2**64 as a key
+        b"}(" + b"K\x01" * 9 + b"tNs.",
+        b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"\x85N" for i in range(2500)) + b"u.",
+    ],
+    ids=["objects", "string", "integer", "key", "long tuple", "many tuples"],
+)
+def test_what_costs_far_more_than_its_bytes_is_refused(tmp_path, operations):
+    with pytest.raises(CheckpointError) as caught:
+        load_torch_file(write_program(tmp_path / "a.pth", operations))
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        tensor_program((2**64,), (0,)),
+        tensor_program((1,), (2**64,)),
+        tensor_program((1,), (1,), offset=2**64),
+        tensor_program((1,), (1,), count=2**60),
+    ],
+)
+def test_sizes_beyond_any_machine_s_are_malformed(tmp_path, tensor):
+    path = write_program(tmp_path / "a.pth", tensor, b".", storage0=bytes(16))
+    with pytest.raises(CheckpointError, match="malformed"):
+        load_torch_file(path)
+
+
+def test_an_archive_s_directory_is_bounded(tmp_path):
+    path = tmp_path / "a.pth"
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, 9 << 20, 4, 0)
+    path.write_bytes(b"PK\x03\x04" + bytes(9 << 20) + end)
+    with pytest.raises(CheckpointError, match="at once"):
+        load_torch_file(path)
+
+
+def test_an_old_file_s_strings_are_bounded(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"\x80\x02X" + struct.pack("<I", 2**32 - 1) + b"a.")
+    with pytest.raises(CheckpointError, match="at once"):
+        load_torch_file(path)
 
 
 def test_compressed_members_are_refused(tmp_path):

@@ -16,8 +16,9 @@ from vmamba_jax.analysis.flops import summarize
 from vmamba_jax.convert.artifact import save_model
 from vmamba_jax.convert.export import save_safetensors, save_torch
 from vmamba_jax.convert.layout import WeightChoice
+from vmamba_jax.convert.mapping import is_counter
 from vmamba_jax.convert.pretrained import RELEASES, load_pretrained
-from vmamba_jax.convert.source import Weights, read_weights
+from vmamba_jax.convert.source import Weights, read_weights, widens
 from vmamba_jax.models import VSSM
 from vmamba_jax.predict import Result, as_json, draw, find_images, imagenet_classes, predict
 from vmamba_jax.registry import list_models, model_config
@@ -246,6 +247,14 @@ def _report(read: Weights, target: Path, form: str) -> None:
         example = next(c.source for c in read.changes if c.action == "left out" and c.why == why)
         table.add_row(str(count), f"left out: {_escape(why)}", _escape(example))
     _out.print(table)
+    rounded = [
+        array.dtype.name
+        for key, array in read.state_dict.items()
+        if not widens(array.dtype) and not is_counter(key)
+    ]
+    if form == "orbax" and rounded:
+        kinds = ", ".join(sorted(set(rounded)))
+        _out.print(f"not kept: {len(rounded)} tensors of {kinds} are rounded to float32")
     about = read.provenance
     lines = {
         "layout": about.get("layout"),

@@ -2,8 +2,9 @@
 
 from vmamba_jax.convert.artifact import SavedModel, load_model, save_model
 from vmamba_jax.convert.mapping import from_torch, infer_config, to_torch
+from vmamba_jax.convert.opaque import Opaque
 from vmamba_jax.convert.source import Weights, read_weights
-from vmamba_jax.convert.torch_file import Opaque, load_torch_file
+from vmamba_jax.convert.torch_file import load_torch_file
 from vmamba_jax.errors import CheckpointError
 
 __all__ = [

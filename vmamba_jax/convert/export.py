@@ -23,7 +23,8 @@ def save_safetensors(path: Path, state_dict: dict[str, np.ndarray]) -> None:
     """
     part = _part_of(path)
     try:
-        arrays = {key: np.ascontiguousarray(array) for key, array in state_dict.items()}
+        # In C order, which the writer takes for granted; ascontiguousarray has no 0-d arrays.
+        arrays = {key: np.asarray(array, order="C") for key, array in state_dict.items()}
         safetensors.numpy.save_file(arrays, part, metadata={"format": "pt"})
         part.replace(path)
     finally:
@@ -52,11 +53,12 @@ def save_torch(path: Path, state_dict: dict[str, np.ndarray]) -> None:
     part = _part_of(path)
     tensors = {}
     for key, array in state_dict.items():
-        if array.dtype == ml_dtypes.bfloat16:
-            bits = torch.from_numpy(array.view(np.uint16).copy())
-            tensors[key] = bits.view(torch.bfloat16)
+        owned = np.array(array, order="C")  # torch takes the memory over
+        if owned.dtype.type.__module__ == ml_dtypes.bfloat16.__module__:  # unknown to from_numpy
+            bits = torch.from_numpy(owned.view(f"u{owned.itemsize}"))
+            tensors[key] = bits.view(getattr(torch, owned.dtype.name))
         else:
-            tensors[key] = torch.from_numpy(array.copy())
+            tensors[key] = torch.from_numpy(owned)
     try:
         torch.save({"model": tensors}, part)
         part.replace(path)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vmamba_jax.convert.locate import Located, locate
-from vmamba_jax.convert.torch_file import Opaque
+from vmamba_jax.convert.opaque import Opaque
 from vmamba_jax.errors import CheckpointError
 
 WeightChoice = Literal["auto", "model", "ema"]
@@ -76,6 +76,8 @@ def find_weights(
             f"it holds a whole pickled object ({checkpoint.name}) and not a state dict. Re-save "
             "it where its code is installed: torch.save({'model': model.state_dict()}, FILE)"
         )
+    if isinstance(checkpoint, np.ndarray):
+        raise CheckpointError("it holds one tensor and no state dict")
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise CheckpointError("it holds no state dict")
     located = locate(checkpoint)
@@ -159,6 +161,8 @@ def _choose(
 
 def _only_arrays(tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
     for name, value in tensors.items():
+        if isinstance(value, Opaque) and value.fault:
+            raise CheckpointError(f"its weight {name[:80]!r} is {value.fault}")
         if not isinstance(value, np.ndarray):
             kind = value.name if isinstance(value, Opaque) else type(value).__name__
             raise CheckpointError(f"its weight {name[:80]!r} is no tensor but {kind[:80]}")
@@ -203,4 +207,8 @@ def _config_fields(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
         "ssm_act_layer": below(below(model, "VSSM"), "SSM_ACT_LAYER"),
         "mlp_act_layer": below(below(model, "VSSM"), "MLP_ACT_LAYER"),
     }
-    return {field: value for field, value in stated.items() if isinstance(value, str)}
+    return {
+        field: value
+        for field, value in stated.items()
+        if isinstance(value, str) and len(value) < 80  # it may end in an error's line
+    }

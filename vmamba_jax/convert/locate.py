@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vmamba_jax.convert.torch_file import Opaque
+from vmamba_jax.convert.opaque import Opaque
 from vmamba_jax.errors import CheckpointError
 
 # What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into names.

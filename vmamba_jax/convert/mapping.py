@@ -4,6 +4,7 @@ Today's names only (``layers.0.blocks.0.op.x_proj_weight``); older ones are brou
 before they come here. The table of names is read off the model's own tree, so it can't miss one.
 """
 
+import collections
 import functools
 import math
 import re
@@ -21,8 +22,13 @@ from vmamba_jax.typing import Variables
 
 StateDict = Mapping[str, np.ndarray]
 
-# BatchNorm's step counter, used by PyTorch only without a momentum: written as 0, read and dropped.
+# BatchNorm's step counter, used by PyTorch only without a momentum; variables have none: 0.
 _COUNTER = "num_batches_tracked"
+
+
+# What the model's Python loops run over, which a few bytes in a file could make endless.
+_MAX_STAGES = 8
+_MAX_UNROLLED = 2048  # taps and states; the released models have 4 * (9 + 2 * 16)
 
 
 class Weight(NamedTuple):
@@ -75,7 +81,7 @@ def from_torch(state_dict: StateDict, config: VMambaConfig) -> Variables:
     problems += [
         f"unexpected {key}"
         for key in state_dict
-        if key not in known and not _is_counter(key, known)
+        if key not in known and not (is_counter(key) and _statistic(key) in known)
     ]
     problems += [
         f"{weight.key} has shape {tuple(state_dict[weight.key].shape)}, expected {weight.shape}"
@@ -127,6 +133,11 @@ def to_torch(tree: Mapping[str, Any], config: VMambaConfig) -> dict[str, np.ndar
     return state_dict
 
 
+def is_counter(key: str) -> bool:
+    """Whether a key is of BatchNorm's step counter, which our variables have no place for."""
+    return key.endswith(_COUNTER)
+
+
 def infer_config(state_dict: StateDict) -> VMambaConfig:
     """The architecture behind a state dict, from its names and shapes alone.
 
@@ -140,52 +151,60 @@ def infer_config(state_dict: StateDict) -> VMambaConfig:
         ValueError: if a key that every VMamba has is missing, or shapes contradict each other.
     """
 
-    def shape(key: str) -> tuple[int, ...]:
+    def shape(key: str, rank: int) -> tuple[int, ...]:
         if key not in state_dict:
             raise ValueError(f"this is no VMamba state dict: {key} is missing")
-        return tuple(state_dict[key].shape)
+        found = tuple(state_dict[key].shape)
+        # Without elements a shape may claim any size.
+        if len(found) != rank or 0 in found:
+            raise ValueError(f"this is no VMamba state dict: {key} has shape {found}")
+        return found
 
-    pattern = re.compile(r"layers\.(\d+)\.blocks\.(\d+)\.")
+    pattern = re.compile(r"layers\.(\d{1,3})\.blocks\.(\d{1,3})\.")
     blocks = {tuple(map(int, m.groups())) for m in map(pattern.match, state_dict) if m}
-    stages = 1 + max((i for i, _ in blocks), default=-1)
-    depths = tuple(sum(i == stage for i, _ in blocks) for stage in range(stages))
-    if not depths or 0 in depths:
-        raise ValueError("this is no VMamba state dict: no blocks layers.I.blocks.J are in it")
+    count = collections.Counter(stage for stage, _ in blocks)
+    stages = len(count)
+    if set(count) != set(range(stages)) or not 0 < stages <= _MAX_STAGES:
+        raise ValueError(
+            "this is no VMamba state dict: its blocks layers.I.blocks.J are not of stages I = 0, "
+            f"1, ... up to {_MAX_STAGES - 1}"
+        )
+    depths = tuple(count[stage] for stage in range(stages))
     first = "layers.0.blocks.0."
     has_ssm, has_mlp = f"{first}norm.weight" in state_dict, f"{first}norm2.weight" in state_dict
     some_norm = "norm" if has_ssm else "norm2"
-    dims = tuple(shape(f"layers.{i}.blocks.0.{some_norm}.weight")[0] for i in range(stages))
+    dims = tuple(shape(f"layers.{i}.blocks.0.{some_norm}.weight", 1)[0] for i in range(stages))
 
     fields: dict[str, Any] = {"depths": depths, "dims": dims, "drop_path_rate": 0.0}
     overlapping = "patch_embed.5.weight" in state_dict
-    stem = shape("patch_embed.0.weight")
+    stem = shape("patch_embed.0.weight", 4)
     fields |= {
         "patchembed_version": "v2" if overlapping else "v1",
         "patch_size": 2 * (stem[-1] - 1) if overlapping else stem[-1],
         "in_chans": stem[1],
         "patch_norm": "patch_embed.2.weight" in state_dict,
         "norm_layer": "bn" if f"{first}{some_norm}.running_mean" in state_dict else "ln2d",
-        "num_classes": state_dict["classifier.head.weight"].shape[0]
+        "num_classes": shape("classifier.head.weight", 2)[0]
         if "classifier.head.weight" in state_dict
         else 0,
     }
     if "layers.0.downsample.reduction.weight" in state_dict:
         fields["downsample_version"] = "v1"
     elif "layers.0.downsample.1.weight" in state_dict:
-        fields["downsample_version"] = f"v{shape('layers.0.downsample.1.weight')[-1]}"
+        fields["downsample_version"] = f"v{shape('layers.0.downsample.1.weight', 4)[-1]}"
     else:
         fields["downsample_version"] = "v3" if stages == 1 else "none"
     if "pos_embed" in state_dict:
-        height, width = shape("pos_embed")[2:]
+        height, width = shape("pos_embed", 4)[2:]
         if height != width:
             raise ValueError(f"pos_embed is {height}x{width}; only square ones are supported")
         fields |= {"posembed": True, "imgsize": height * fields["patch_size"]}
 
     fields["mlp_ratio"] = 0.0
     if has_mlp:
-        hidden = shape(f"{first}mlp.fc2.weight")[1]
+        hidden = shape(f"{first}mlp.fc2.weight", 2)[1]
         fields["mlp_ratio"] = hidden / dims[0]
-        fields["gmlp"] = shape(f"{first}mlp.fc1.weight")[0] == 2 * hidden
+        fields["gmlp"] = shape(f"{first}mlp.fc1.weight", 2)[0] == 2 * hidden
     fields["ssm_ratio"] = 0.0
     if has_ssm:
         fields |= _infer_ssm(shape, state_dict, dims)
@@ -200,28 +219,33 @@ def infer_config(state_dict: StateDict) -> VMambaConfig:
 
 def _infer_ssm(shape: Any, state_dict: StateDict, dims: tuple[int, ...]) -> dict[str, Any]:
     op = "layers.0.blocks.0.op."
-    inner = shape(f"{op}out_proj.weight")[1]
+    inner = shape(f"{op}out_proj.weight", 2)[1]
     mamba2 = f"{op}dt_projs_weight" not in state_dict
-    ranks = [
-        shape(f"layers.{i}.blocks.0.op.{'A_logs' if mamba2 else 'dt_projs_weight'}")[-1]
-        for i in range(len(dims))
-    ]
+    last, rank = ("A_logs", 2) if mamba2 else ("dt_projs_weight", 3)
+    ranks = [shape(f"layers.{i}.blocks.0.op.{last}", rank)[-1] for i in range(len(dims))]
     automatic = ranks == [math.ceil(dim / 16) for dim in dims]
     if not automatic and len(set(ranks)) > 1:
         raise ValueError(f"the ranks of the delta projections contradict each other: {ranks}")
     with_conv = f"{op}conv2d{'.1' if mamba2 else ''}.weight"
+    kernel = shape(with_conv, 4)[-1] if with_conv in state_dict else -1
+    d_state = (shape(f"{op}x_proj_weight", 3)[1] - ranks[0]) // 2
+    if len(dims) * (kernel**2 + 2 * d_state) > _MAX_UNROLLED:
+        raise ValueError(
+            f"{kernel}x{kernel} convolutions and {d_state} states in {len(dims)} stages are more "
+            "than this package builds"
+        )
     if f"{op}out_norm.0.weight" in state_dict:
         out_norm = "_oncnorm"
     elif f"{op}out_norm.1.weight" in state_dict:
         out_norm = "_ondwconv3"
     else:
         out_norm = "" if f"{op}out_norm.weight" in state_dict else "_onnone"
-    gate = "" if shape(f"{op}in_proj.weight")[0] == 2 * inner else "_noz"
+    gate = "" if shape(f"{op}in_proj.weight", 2)[0] == 2 * inner else "_noz"
     return {
         "ssm_ratio": inner / dims[0],
-        "ssm_d_state": (shape(f"{op}x_proj_weight")[1] - ranks[0]) // 2,
+        "ssm_d_state": d_state,
         "ssm_dt_rank": "auto" if automatic else ranks[0],
-        "ssm_conv": shape(with_conv)[-1] if with_conv in state_dict else -1,
+        "ssm_conv": kernel,
         "ssm_conv_bias": with_conv.replace("weight", "bias") in state_dict,
         "ssm_act_layer": "gelu" if mamba2 else "silu",
         "ssm_init": "v2" if mamba2 else "v0",
@@ -296,8 +320,8 @@ def _from_torch_layout(array: np.ndarray, weight: Weight, config: VMambaConfig) 
     return array.transpose(np.argsort(weight.to_torch))
 
 
-def _is_counter(key: str, known: set[str]) -> bool:
-    return key.endswith(_COUNTER) and key.replace(_COUNTER, "running_var") in known
+def _statistic(counter: str) -> str:
+    return counter.removesuffix(_COUNTER) + "running_var"
 
 
 def _raise_all(what: str, problems: list[str]) -> None:

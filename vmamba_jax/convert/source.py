@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.adapt import replace_head, resize_position_embedding
 from vmamba_jax.convert.artifact import load_model
 from vmamba_jax.convert.layout import WeightChoice, find_weights
-from vmamba_jax.convert.mapping import from_torch, infer_config, to_torch
+from vmamba_jax.convert.mapping import from_torch, infer_config, is_counter, to_torch
 from vmamba_jax.convert.naming import Change, standard_names
-from vmamba_jax.convert.torch_file import load_torch_file
+from vmamba_jax.convert.safetensors_file import load_safetensors
+from vmamba_jax.convert.torch_file import SHARDS, load_torch_file
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.typing import Variables
 
@@ -71,6 +71,8 @@ def read_weights(
     """
     path = Path(path)
     try:
+        if path.suffix == ".distcp" or (path / ".metadata").exists():
+            raise CheckpointError(SHARDS)
         if path.is_dir():
             read = _read_saved_model(path)
         else:
@@ -88,7 +90,7 @@ def read_weights(
         message = str(error)
         prefix = "" if message.startswith(str(path)) else f"{path}: "
         raise CheckpointError(prefix + message) from error
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # sizes that JAX has no numbers for
         raise CheckpointError(f"{path}: {error}") from error
     changed = {change.target or change.source for change in new_head + resized}
     changes = [change for change in read.changes if change.target not in changed]
@@ -96,31 +98,54 @@ def read_weights(
         read,
         state_dict=state_dict,
         config=config,
+        provenance={**read.provenance, **_beside_float32(state_dict)},
         changes=changes + new_head + resized,
         class_names=None if new_head else read.class_names,
     )
 
 
+def _beside_float32(state_dict: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What a saved model, float32 throughout, needs to give a state dict's own bits back."""
+    counters = {key: array for key, array in state_dict.items() if is_counter(key)}
+    dtypes = {
+        key: array.dtype.name
+        for key, array in state_dict.items()
+        if array.dtype != np.float32 and key not in counters and widens(array.dtype)
+    }
+    return {"dtypes": dtypes, "counters": {key: int(array) for key, array in counters.items()}}
+
+
+def widens(dtype: np.dtype) -> bool:
+    """Whether float32 holds every value of a type."""
+    return np.can_cast(dtype, np.float32, "safe")
+
+
 def _read_saved_model(path: Path) -> Weights:
     saved = load_model(path)
     state_dict = to_torch(saved.variables, saved.config)
-    dtype = saved.provenance.get("dtype")
-    if dtype is not None:  # the file's own precision again; exact, since it was widened
-        state_dict = {
-            key: array.astype(np.dtype(dtype)) if array.dtype == np.float32 else array
-            for key, array in state_dict.items()
-        }
+    # The file's own types again; exact, since they were widened.
+    dtypes = saved.provenance.get("dtypes", {})
+    if "dtype" in saved.provenance:  # one for all, in models saved by earlier versions
+        weights = (key for key, array in state_dict.items() if array.dtype == np.float32)
+        dtypes = dict.fromkeys(weights, saved.provenance["dtype"])
+    state_dict |= {key: state_dict[key].astype(np.dtype(name)) for key, name in dtypes.items()}
+    state_dict |= {
+        key: np.asarray(count, np.int64)
+        for key, count in saved.provenance.get("counters", {}).items()
+    }
     changes = [Change(key, key, "mapped") for key in state_dict]
     return Weights(state_dict, saved.config, saved.provenance, changes, saved.class_names)
 
 
 def _read_file(path: Path, weights: WeightChoice, entry: str | None, prefix: str | None) -> Weights:
     if path.suffix == ".safetensors":
-        checkpoint: Any = _load_safetensors(path)
+        checkpoint: Any = load_safetensors(path)
     else:
         checkpoint = load_torch_file(path)
     found = find_weights(checkpoint, weights, entry, prefix)
     del checkpoint  # its optimizer state, as large as the weights twice over
+    if sum(array.nbytes for array in found.tensors.values()) > path.stat().st_size:
+        raise CheckpointError("damaged: its tensors are views of one another, larger than the file")
     state_dict, changes = standard_names(found.tensors)
     changes += [Change(name, "", "left out", why) for name, why in found.left_out.items()]
     if "classifier.norm.weight" not in state_dict and "classifier.head.weight" not in state_dict:
@@ -135,9 +160,6 @@ def _read_file(path: Path, weights: WeightChoice, entry: str | None, prefix: str
         "prefix": found.prefix,
         "averaged": found.averaged,
     }
-    dtypes = {a.dtype.name for a in state_dict.values() if a.dtype.kind != "i"} - {"float32"}
-    if dtypes and len(dtypes) == 1 and not any(a.dtype == np.float32 for a in state_dict.values()):
-        provenance["dtype"] = dtypes.pop()
     return Weights(state_dict, config, provenance, changes)
 
 
@@ -155,15 +177,6 @@ def _identity_norm(
     }
     why = "a backbone without classifier; its stages' features are exact"
     return norm, [Change("", key, "initialised", why) for key in norm]
-
-
-def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
-    with path.open("rb"):  # a missing file or a missing right as the usual OSError
-        pass
-    try:
-        return safetensors.numpy.load_file(path)
-    except Exception as error:
-        raise CheckpointError(f"not a safetensors file, cut short or damaged ({error})") from error
 
 
 def sha256(path: Path) -> str:
