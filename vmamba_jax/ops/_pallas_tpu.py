@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
-from vmamba_jax.ops._discretise import lift, sigmoid, softplus
+from vmamba_jax.ops._discretise import lift, softplus_and_slope
 from vmamba_jax.ops._parts import chunk_length
 from vmamba_jax.ops.residuals import keep
 from vmamba_jax.typing import Array, Float
@@ -344,5 +344,5 @@ def _at(t, u, delta, bias, static: _Static) -> tuple[Array, Array, Array]:
     size = delta[t].astype(jnp.float32) + bias[...]
     slope = jnp.ones_like(size)
     if static.delta_softplus:
-        size, slope = softplus(size), sigmoid(size)
+        size, slope = softplus_and_slope(size)
     return u[t].astype(jnp.float32), size, slope
