@@ -93,6 +93,19 @@ def test_convert_takes_the_entry_and_the_prefix_that_it_is_told(run, tmp_path):
     assert "prefix: two." in out
 
 
+def test_convert_writes_a_folder_of_the_hugging_face_port(run, tmp_path):
+    code, out, _ = run("convert", RELEASED, tmp_path / "port", "--to", "huggingface")
+    assert code == 0
+    assert "written: " in out
+    assert "note: " not in out  # one rank in every stage
+    assert run("convert", tmp_path / "port", tmp_path / "a.safetensors")[0] == 0
+    expected = load_torch_file(RELEASED)["model"]
+    given = read_weights(tmp_path / "a.safetensors").state_dict
+    assert given.keys() == expected.keys()
+    for key, array in given.items():
+        np.testing.assert_array_equal(array, expected[key], strict=True)
+
+
 def test_convert_back_gives_pytorch_its_own_bits(run, tmp_path):
     assert run("convert", FIXTURES / "cls_bfloat16.pth", tmp_path / "model")[0] == 0
     assert run("convert", tmp_path / "model", tmp_path / "a.safetensors")[0] == 0

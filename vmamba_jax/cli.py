@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 from vmamba_jax.analysis.flops import summarize
 from vmamba_jax.convert.artifact import save_model
 from vmamba_jax.convert.export import save_safetensors, save_torch
+from vmamba_jax.convert.hugging_face import one_rank_note, save_port
 from vmamba_jax.convert.layout import WeightChoice
 from vmamba_jax.convert.mapping import is_counter
 from vmamba_jax.convert.pretrained import RELEASES, load_pretrained
@@ -64,15 +65,15 @@ def convert(
     prefix: str | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
-    to: Literal["orbax", "safetensors", "pth"] | None = None,
+    to: Literal["orbax", "safetensors", "pth", "huggingface"] | None = None,
 ) -> int:
     """Converts a checkpoint, from PyTorch or back to it.
 
     Args:
-        source: A .pth file of any VMamba release or training run, a .safetensors file, or a model
-            that this command wrote.
+        source: A .pth file of any VMamba release or training run, a .safetensors file, a folder of
+            the Hugging Face port, or a model that this command wrote.
         target: Where to: FILE.safetensors or FILE.pth for PyTorch's names, else a folder with a
-            model for this package (Orbax).
+            model for this package (Orbax) or, with --to huggingface, for the Hugging Face port.
         weights: Which ones, where a training run saved two: the averaged (ema), the plain (model),
             or auto: the averaged if there are any.
         entry: The entry of the file that holds the model, where several do.
@@ -93,6 +94,8 @@ def convert(
                 save_safetensors(target, read.state_dict)
             case "pth":
                 save_torch(target, read.state_dict)
+            case "huggingface":
+                save_port(target, read.state_dict, read.config, read.class_names)
             case _:
                 save_model(target, read.variables(), read.config, read.provenance, read.class_names)
     _report(read, target, form)
@@ -255,6 +258,8 @@ def _report(read: Weights, target: Path, form: str) -> None:
     if form == "orbax" and rounded:
         kinds = ", ".join(sorted(set(rounded)))
         _out.print(f"not kept: {len(rounded)} tensors of {kinds} are rounded to float32")
+    if form == "huggingface" and (note := one_rank_note(config)):
+        _out.print(f"note: {note}", soft_wrap=True, highlight=False)
     about = read.provenance
     lines = {
         "layout": about.get("layout"),

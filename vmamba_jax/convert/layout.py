@@ -180,6 +180,8 @@ def _contents(checkpoint: Mapping[Any, Any]) -> str:
 
 
 def _layout(checkpoint: Mapping[Any, Any], chosen: Located, has_more: bool) -> str:
+    if any(name.startswith("embeddings.") for name in chosen.tensors):
+        return "Hugging Face"
     if not chosen.path:
         return "state dict"
     for key, program in _PROGRAMS:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vmamba_jax.config import VMambaConfig
 from vmamba_jax.errors import CheckpointError
 
 _ROUTES = 4  # K: every VMamba scans along four routes
@@ -38,6 +39,23 @@ _MERGING = re.compile(r"^(layers\.\d+\.downsample)\.([12])\.(weight|bias)$")
 _STRIDED = re.compile(r"^(layers\.\d+\.downsample)\.(conv|norm)\.")
 # Layers that are linear whichever way they are stored; a convolution's 1x1 kernel stays 4-D.
 _LINEAR = re.compile(r"\.(in_proj|out_proj|fc1|fc2|head|reduction)\.weight$")
+
+# Today's names -> the Hugging Face port's, whose stem has two.
+_STEM_V1 = (
+    ("patch_embed.0.", "vmamba.embeddings.projection."),
+    ("patch_embed.2.", "vmamba.embeddings.norm."),
+)
+_STEM_V2 = (
+    ("patch_embed.0.", "vmamba.embeddings.conv1."),
+    ("patch_embed.2.", "vmamba.embeddings.norm1."),
+    ("patch_embed.5.", "vmamba.embeddings.conv2."),
+    ("patch_embed.7.", "vmamba.embeddings.norm2."),
+)
+_REST = (
+    ("layers.", "vmamba.encoder.layers."),
+    ("classifier.norm.", "vmamba.layernorm."),
+    ("classifier.head.", "classifier."),
+)
 
 
 class Change(NamedTuple):
@@ -101,3 +119,23 @@ def standard_names(
         else:
             changes.append(Change(source, target, "mapped" if target == source else "renamed"))
     return state_dict, changes
+
+
+def hugging_face_name(key: str, config: VMambaConfig) -> str:
+    """The Hugging Face port's name of a weight.
+
+    Args:
+        key: today's name.
+        config: the architecture it belongs to.
+    """
+    stem = _STEM_V2 if config.patchembed_version == "v2" else _STEM_V1
+    for today, theirs in (*stem, *_REST):
+        if key.startswith(today):
+            key = theirs + key.removeprefix(today)
+            break
+    for today, theirs in (
+        (".downsample.1.", ".downsample.conv."),
+        (".downsample.3.", ".downsample.norm."),
+    ):
+        key = key.replace(today, theirs)
+    return key

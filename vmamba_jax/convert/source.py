@@ -11,13 +11,15 @@ import numpy as np
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.adapt import replace_head, resize_position_embedding
 from vmamba_jax.convert.artifact import load_model
+from vmamba_jax.convert.hugging_face import Port, is_port, load_port
 from vmamba_jax.convert.layout import WeightChoice, find_weights
 from vmamba_jax.convert.mapping import from_torch, infer_config, is_counter, to_torch
 from vmamba_jax.convert.naming import Change, standard_names
-from vmamba_jax.convert.safetensors_file import load_safetensors
 from vmamba_jax.convert.torch_file import SHARDS, load_torch_file
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.typing import Variables
+
+_CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +58,8 @@ def read_weights(
     """Reads a model from a PyTorch checkpoint, a safetensors file or a saved model.
 
     Args:
-        path: a ``.pth`` file of any VMamba release or training run, a ``.safetensors`` file with
-            PyTorch's names, or a folder from `save_model`.
+        path: a ``.pth`` file of any VMamba release or training run, a ``.safetensors`` file, a
+            folder (or an index of shards) of the Hugging Face port, or a folder from `save_model`.
         weights: which ones, where a training run saved two; see `find_weights`.
         num_classes: replace the head by a new one of so many classes, unless it has them.
         image_size: resize the position embedding for images of this side, if there is one.
@@ -73,7 +75,7 @@ def read_weights(
     try:
         if path.suffix == ".distcp" or (path / ".metadata").exists():
             raise CheckpointError(SHARDS)
-        if path.is_dir():
+        if path.is_dir() and not is_port(path):
             read = _read_saved_model(path)
         else:
             read = _read_file(path, weights, entry, prefix)
@@ -138,29 +140,31 @@ def _read_saved_model(path: Path) -> Weights:
 
 
 def _read_file(path: Path, weights: WeightChoice, entry: str | None, prefix: str | None) -> Weights:
-    if path.suffix == ".safetensors":
-        checkpoint: Any = load_safetensors(path)
-    else:
-        checkpoint = load_torch_file(path)
-    found = find_weights(checkpoint, weights, entry, prefix)
-    del checkpoint  # its optimizer state, as large as the weights twice over
-    if sum(array.nbytes for array in found.tensors.values()) > path.stat().st_size:
+    port = load_port(path) if is_port(path) else Port([path], load_torch_file(path), {}, None)
+    found = find_weights(port.tensors, weights, entry, prefix)
+    files, config_fields, class_names = port.files, port.config_fields, port.class_names
+    del port  # its optimizer state, as large as the weights twice over
+    if sum(array.nbytes for array in found.tensors.values()) > sum(
+        file.stat().st_size for file in files
+    ):
         raise CheckpointError("damaged: its tensors are views of one another, larger than the file")
     state_dict, changes = standard_names(found.tensors)
     changes += [Change(name, "", "left out", why) for name, why in found.left_out.items()]
     if "classifier.norm.weight" not in state_dict and "classifier.head.weight" not in state_dict:
         filled, identity = _identity_norm(state_dict)
         state_dict, changes = state_dict | filled, changes + identity
-    config = infer_config(state_dict).replace(**found.config_fields)
+    config = infer_config(state_dict).replace(**{**found.config_fields, **config_fields})
+    if class_names is not None and len(class_names) != config.num_classes:
+        class_names = None
     provenance = {
         "source": path.name,
-        "sha256": sha256(path),
+        "sha256": sha256(*files),
         "layout": found.layout,
         "weights": found.entry or "state dict",
         "prefix": found.prefix,
         "averaged": found.averaged,
     }
-    return Weights(state_dict, config, provenance, changes)
+    return Weights(state_dict, config, provenance, changes, class_names)
 
 
 def _identity_norm(
@@ -179,7 +183,11 @@ def _identity_norm(
     return norm, [Change("", key, "initialised", why) for key in norm]
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file's content, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(*paths: Path) -> str:
+    """Hash of the content of files, one after the other, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
