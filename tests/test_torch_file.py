@@ -300,6 +300,14 @@ def test_an_archive_s_directory_is_bounded(tmp_path):
         load_torch_file(path)
 
 
+def test_an_error_stays_one_short_line(tmp_path):
+    path = write_program(tmp_path / "a.pth", b"Sx" + b"x" * 100_000 + b"\n.")
+    with pytest.raises(CheckpointError) as caught:
+        load_torch_file(path)
+    assert len(str(caught.value)) < 500
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_an_old_file_s_strings_are_bounded(tmp_path):
     path = tmp_path / "a.pth"
     path.write_bytes(b"\x80\x02X" + struct.pack("<I", 2**32 - 1) + b"a.")

@@ -69,7 +69,8 @@ def load_torch_file(path: str | os.PathLike[str]) -> Any:
         except (
             Exception
         ) as error:  # what damaged bytes provoke in the parsers is never our caller's
-            raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
+            reason = " ".join(str(error)[:200].split())
+            raise CheckpointError(f"{path}: damaged or not a checkpoint ({reason})") from error
 
 
 class _File(io.BufferedReader):
@@ -82,6 +83,9 @@ class _File(io.BufferedReader):
                 f"{_MAX_READ_BYTES >> 20} MiB"
             )
         return super().read(size)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return super().readline(_MAX_READ_BYTES)
 
 
 def _load_zip(file: _File) -> Any:
