@@ -1,7 +1,6 @@
 """The torch-free reader: every layout, and no file that harms, hangs or fills the memory."""
 
 import pickle
-import random
 import struct
 import subprocess
 import sys
@@ -332,56 +331,3 @@ def test_an_archive_without_a_pickle_is_refused(tmp_path):
 def test_a_missing_file_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_torch_file(tmp_path / "a.pth")
-
-
-def mutate(content: bytes, draw: random.Random) -> bytes:
-    """Overwrites, deletes or inserts a few bytes."""
-    mutated = bytearray(content)
-    for _ in range(draw.choice((1, 1, 2, 8))):
-        at = draw.randrange(len(mutated))
-        match draw.randrange(4):
-            case 0:
-                mutated[at] = draw.randrange(256)
-            case 1:
-                mutated[at] ^= 1 << draw.randrange(8)
-            case 2:
-                del mutated[at : at + draw.choice((1, 4, 100))]
-            case 3:
-                mutated[at:at] = draw.randbytes(draw.choice((1, 4)))
-    return bytes(mutated)
-
-
-FUZZED = (
-    ("tensor_views_of_one_storage", 900),
-    ("hostile_eval_inside_model", 900),
-    ("cls_training_with_ema_and_yacs_config", 150),
-    ("mmseg_raw_with_message_hub", 150),
-    ("legacy_tar_format", 120),
-)
-
-
-@pytest.mark.parametrize(("name", "cases"), FUZZED)
-def test_mutated_files_load_or_raise_a_checkpoint_error(name, cases, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    original = (FIXTURES / f"{name}.pth").read_bytes()
-    members = None
-    if original[:2] == b"PK":
-        with zipfile.ZipFile(FIXTURES / f"{name}.pth") as archive:
-            members = {n.partition("/")[2]: archive.read(n) for n in archive.namelist()}
-    draw, path, outcomes = random.Random(name), tmp_path / "a.pth", {True: 0, False: 0}
-    for case in range(cases):
-        if members is not None and case % 2:
-            # Past the checksums: a sound archive around a mutated pickle.
-            program = mutate(members["data.pkl"], draw)
-            torch_writer.save_members(path, members | {"data.pkl": program})
-        else:
-            path.write_bytes(mutate(original, draw))
-        before = set(sys.modules)
-        try:
-            load_torch_file(path)
-            outcomes[True] += 1
-        except CheckpointError:
-            outcomes[False] += 1
-        assert set(sys.modules) == before
-    assert min(outcomes.values()) > 0  # some mutations do no harm, and some are caught
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
