@@ -150,6 +150,7 @@ def test_convert_swaps_the_head_and_says_so(run, tmp_path):
         (("convert", RELEASED, FIXTURES), "exists already"),
         (("convert", RELEASED, "x", "--weights", "ema"), "no averaged"),
         (("convert", RELEASED, "x", "--num-classes", "-1"), "num_classes"),
+        (("convert", RELEASED, "x.onnx"), ".onnx files are not written, but .safetensors, .pth"),
         (("summary", "vmamba_tiny"), "Did you mean"),
         (("summary", "vanilla_vmamba_tiny", "--image-size", "3"), "too small"),
         (("predict", RELEASED), "give either --checkpoint PATH or --model NAME"),
@@ -214,6 +215,20 @@ def test_predictions_are_the_softmax_of_the_model(run, photos):
         assert [p["name"] for p in result["predictions"]] == [f"class {i}" for i in best]
         given = [p["probability"] for p in result["predictions"]]
         np.testing.assert_allclose(given, expected[best], rtol=1e-4)
+
+
+def test_the_probability_of_the_only_class_is_its_sigmoid(run, photos, tmp_path):
+    assert run("convert", RELEASED, tmp_path / "model", "--num-classes", 1)[0] == 0
+    image = photos / "a.png"
+    options = ("--checkpoint", tmp_path / "model", "--image-size", 48, "--json")
+    code, out, _ = run("predict", image, *options)
+    assert code == 0
+    (prediction,) = json.loads(out)[0]["predictions"]
+    weights = read_weights(tmp_path / "model")
+    pixels = EvalTransform(48)(Image.open(image).convert("RGB"))
+    logit = jax.jit(VSSM(weights.config).apply)(weights.variables(), jnp.asarray(pixels)[None])
+    expected = 1 / (1 + np.exp(-np.asarray(logit).item()))
+    assert prediction["probability"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_unreadable_image_is_reported_and_the_rest_go_on(run, photos, tmp_path):

@@ -12,9 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch_writer
 
-from vmamba_jax import VMambaConfig, create_model, register_model
-from vmamba_jax.convert import CheckpointError, load_model, pretrained, read_weights
+from vmamba_jax import VMambaConfig, create_model, model_config, register_model
+from vmamba_jax.convert import CheckpointError, Weights, load_model, pretrained, read_weights
+from vmamba_jax.convert.mapping import weight_table
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).parent / "data" / "fixtures" / "cls_released_v2.pth"
@@ -126,6 +128,45 @@ def test_weights_of_another_architecture_are_refused():
         create_model("vmamba_digits", pretrained=FILE, num_classes=10)
     with pytest.raises(CheckpointError, match="no checkpoint of 'vmamba_digits' was released"):
         create_model("vmamba_digits", pretrained=True)
+
+
+def test_a_file_of_another_release_is_called_by_its_name(monkeypatch, tmp_path):
+    config = model_config("vmamba_tiny_s2l5")
+    shapes = {
+        weight.key: np.broadcast_to(np.float32(0), weight.shape) for weight in weight_table(config)
+    }
+    weights = Weights(shapes, config, {}, [])
+    monkeypatch.setattr(pretrained, "read_weights", lambda *_, **__: weights)
+    asked = model_config("vmamba_tiny_s1l8")
+    with pytest.raises(CheckpointError) as caught:
+        pretrained.load_pretrained("a.pth", asked, "vmamba_tiny_s1l8")
+    assert str(caught.value).startswith(
+        "a.pth is vmamba_tiny_s2l5 (depths 2, 2, 5, 2, ssm_ratio 2), "
+        "not vmamba_tiny_s1l8 (depths 2, 2, 8, 2, ssm_ratio 1): "
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "key", "value"),
+    [("forward_type", "SSM_FORWARDTYPE", "v051d_noz"), ("ssm_act_layer", "SSM_ACT_LAYER", "gelu")],
+)
+def test_what_the_file_states_and_weights_leave_open_is_compared(tmp_path, field, key, value):
+    state_dict = read_weights(FILE).state_dict
+    config = {"MODEL": {"VSSM": {key: value}}}
+    torch_writer.save(tmp_path / "a.pth", {"model": state_dict, "config": config})
+    with pytest.raises(CheckpointError, match=f"{field} {value}.*, not tiny_of_the_tests"):
+        create_model("tiny_of_the_tests", pretrained=tmp_path / "a.pth", num_classes=10)
+    create_model(
+        "tiny_of_the_tests", pretrained=tmp_path / "a.pth", num_classes=10, **{field: value}
+    )
+
+
+@pytest.mark.parametrize("value", ["v05_noz", "v3_noz", "v05_noz_no32"])
+def test_another_spelling_of_the_same_operator_is_no_difference(tmp_path, value):
+    config = {"MODEL": {"VSSM": {"SSM_FORWARDTYPE": value}}}
+    weights = {"model": read_weights(FILE).state_dict, "config": config}
+    torch_writer.save(tmp_path / "a.pth", weights)
+    create_model("tiny_of_the_tests", pretrained=tmp_path / "a.pth", num_classes=10)
 
 
 def test_pretrained_by_name_fetches_the_release(server, monkeypatch):

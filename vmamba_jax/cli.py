@@ -83,7 +83,12 @@ def convert(
         to: The format of TARGET, where its name does not say it.
     """
     suffixes = {".safetensors": "safetensors", ".pth": "pth", ".pt": "pth"}
-    form = to or suffixes.get(target.suffix, "orbax")
+    form = to or suffixes.get(target.suffix, "" if target.suffix else "orbax")
+    if not form:
+        raise ValueError(
+            f"{target}: {target.suffix} files are not written, but {', '.join(suffixes)} files and "
+            "folders; for a folder of this name, add --to orbax or --to huggingface"
+        )
     if target.exists():
         raise ValueError(f"{target}: exists already; choose another name or delete it")
     with _err.status(f"reading {source}"):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
     Attributes:
         label: index of the class in the head.
         name: of the class.
-        probability: softmax of its logit.
+        probability: softmax of its logit; of the only one, its sigmoid.
     """
 
     label: int
@@ -89,7 +89,9 @@ def predict(
 
     @jax.jit
     def probabilities(variables: Variables, images: jax.Array) -> jax.Array:
-        return jax.nn.softmax(model.apply(variables, images), axis=-1)  # pyright: ignore[reportArgumentType]
+        logits = cast("jax.Array", model.apply(variables, images))  # pyright: ignore[reportArgumentType]
+        # The softmax of one logit is 1 whatever it is.
+        return jax.nn.sigmoid(logits) if logits.shape[-1] == 1 else jax.nn.softmax(logits, axis=-1)
 
     for start in range(0, len(paths), batch_size):
         results: list[Result] = []

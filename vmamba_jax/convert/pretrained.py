@@ -26,6 +26,7 @@ from rich.progress import (
 
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.artifact import save_model
+from vmamba_jax.convert.identity import describe_difference, differing_fields
 from vmamba_jax.convert.mapping import from_torch
 from vmamba_jax.convert.source import read_weights, sha256
 from vmamba_jax.errors import CheckpointError
@@ -104,12 +105,21 @@ def load_pretrained(
     weights = read_weights(
         path, num_classes=config.num_classes, image_size=config.imgsize, seed=seed
     )
+    stated = {
+        field: getattr(weights.config, field) for field in weights.provenance.get("stated", [])
+    }
     try:
-        return from_torch(weights.state_dict, config)
+        variables = from_torch(weights.state_dict, config)
     except ValueError as error:
+        what = describe_difference(weights.config, name, config)
         raise CheckpointError(
-            f"{source} holds another architecture than {name}: {error}"
+            f"{source} is {what}: another architecture than {name}. {error}"
         ) from error
+    # What the weights leave open and the file states is not replaced silently.
+    if differing_fields(config.replace(**stated), config):
+        what = describe_difference(config.replace(**stated), name, config)
+        raise CheckpointError(f"{source} is {what}: give create_model the file's own fields")
+    return variables
 
 
 def cache_dir() -> Path:

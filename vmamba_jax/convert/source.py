@@ -153,7 +153,8 @@ def _read_file(path: Path, weights: WeightChoice, entry: str | None, prefix: str
     if "classifier.norm.weight" not in state_dict and "classifier.head.weight" not in state_dict:
         filled, identity = _identity_norm(state_dict)
         state_dict, changes = state_dict | filled, changes + identity
-    config = infer_config(state_dict).replace(**{**found.config_fields, **config_fields})
+    stated = {**found.config_fields, **config_fields}
+    config = infer_config(state_dict).replace(**stated)
     if class_names is not None and len(class_names) != config.num_classes:
         class_names = None
     provenance = {
@@ -163,6 +164,7 @@ def _read_file(path: Path, weights: WeightChoice, entry: str | None, prefix: str
         "weights": found.entry or "state dict",
         "prefix": found.prefix,
         "averaged": found.averaged,
+        "stated": sorted(stated),
     }
     return Weights(state_dict, config, provenance, changes, class_names)
 
