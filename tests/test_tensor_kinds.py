@@ -21,7 +21,7 @@ from vmamba_jax.convert import (
     read_weights,
     save_model,
 )
-from vmamba_jax.convert.export import save_safetensors
+from vmamba_jax.convert.export import save_safetensors, save_torch
 from vmamba_jax.convert.mapping import weight_table
 from vmamba_jax.convert.safetensors_file import load_safetensors
 
@@ -78,14 +78,14 @@ def test_a_subclass_of_a_tensor_and_a_buffer_are_the_tensor_inside(tmp_path):
     for kind in (("torch", "Tensor"), ("torch.nn.parameter", "Buffer"), ("my.own", "Tensor")):
         state = {"note": "an attribute"}
         value = call(
-            *("torch._utils", "_rebuild_from_type_v2", plain, Raw(reference(*kind)), args, state)
+            *("torch._tensor", "_rebuild_from_type_v2", plain, Raw(reference(*kind)), args, state)
         )
         np.testing.assert_array_equal(load(tmp_path, value, data.tobytes()), data.reshape(2, 2))
 
 
 HOOKS = Raw(pickle.NONE)
 FLOAT32 = Raw(reference("torch", "float32"))
-TWICE = Raw(reference("torch._utils", "_rebuild_from_type_v2"))
+TWICE = Raw(reference("torch._tensor", "_rebuild_from_type_v2"))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,9 @@ TWICE = Raw(reference("torch._utils", "_rebuild_from_type_v2"))
             "a tensor of type ComplexFloat: not supported",
         ),
         (
-            call("torch._utils", "_rebuild_from_type_v2", TWICE, FLOAT32, (TWICE, FLOAT32, ()), {}),
+            call(
+                "torch._tensor", "_rebuild_from_type_v2", TWICE, FLOAT32, (TWICE, FLOAT32, ()), {}
+            ),
             "not supported",
         ),
         (untyped("float4_e2m1fn_x2", b"", (0,), (1,)), "torch.float4_e2m1fn_x2: not supported"),
@@ -227,6 +229,43 @@ def test_a_model_saved_with_one_type_for_all_gives_it_back(tmp_path):
     again = read_weights(tmp_path / "model").state_dict
     for key, array in half.items():
         np.testing.assert_array_equal(again[key], array, strict=True)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_every_kind_of_tensor_is_what_pytorch_saved(tmp_path, protocol):
+    import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+
+    names = (*FLOAT8, "uint16", "uint32", "uint64", "bfloat16", "float16", "bool", "int8")
+    tensors = {
+        name: torch.arange(8).to(torch.float32).reshape(2, 4).T.to(getattr(torch, name))
+        for name in names
+    }
+    tensors["counter"] = torch.tensor(7)
+    tensors["buffer"] = torch.nn.Buffer(torch.ones(3))
+    tensors["parameter"] = torch.nn.Parameter(torch.ones(2))
+    vars(tensors["parameter"])["note"] = "an attribute"
+    faults = {
+        "meta": (torch.empty(2, device="meta"), "no data"),
+        "sparse": (torch.eye(2).to_sparse(), "a sparse tensor"),
+        "complex": (torch.ones(2, dtype=torch.complex64), "ComplexFloat"),
+    }
+    unreadable = {name: tensor for name, (tensor, _) in faults.items()}
+    torch.save({**tensors, **unreadable}, tmp_path / "a.pth", pickle_protocol=protocol)
+    loaded = load_torch_file(tmp_path / "a.pth")
+    for name, tensor in tensors.items():
+        assert loaded[name].shape == tuple(tensor.shape)
+        assert name not in names or loaded[name].dtype.name == name
+        np.testing.assert_array_equal(
+            loaded[name].astype(np.float32), tensor.detach().float().numpy()
+        )
+    for name, (_, fault) in faults.items():
+        assert fault in loaded[name].fault
+    save_torch(tmp_path / "b.pth", {name: loaded[name] for name in tensors})
+    back = torch.load(tmp_path / "b.pth", weights_only=True)["model"]
+    for name, tensor in tensors.items():
+        assert (back[name].dtype, back[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(back[name].float(), tensor.detach().float())
 
 
 def safetensors_file(path: Path, header: bytes, data: bytes = b"") -> Path:

@@ -149,11 +149,9 @@ class Interpreter:
                 return {}
             case "torch.Size" if len(args) == 1 and isinstance(args[0], tuple | list):
                 return args[0]
-            case name if name.startswith("torch._utils."):
-                tensor = rebuild(name.removeprefix("torch._utils."), args)
-                return Opaque(name) if tensor is None else tensor
             case name:
-                return Opaque(name)
+                tensor = rebuild(name, args)
+                return Opaque(name) if tensor is None else tensor
 
     def _set_items(self, target: object, items: list[Any]) -> None:
         if isinstance(target, Opaque):

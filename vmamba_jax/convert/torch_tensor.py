@@ -67,12 +67,15 @@ def new_storage(kind: str, content: np.ndarray, byteorder: str) -> Storage:
 
 
 def rebuild(function: str, args: tuple[Any, ...]) -> np.ndarray | Opaque | None:
-    """What a function of ``torch._utils`` makes of its arguments; None if it makes no tensor.
+    """What torch's function of that name makes of its arguments; None if it makes no tensor.
 
     Raises:
         CheckpointError: the tensor would reach beyond its storage.
     """
-    match function, args:
+    module, _, name = function.rpartition(".")
+    if module not in ("torch._utils", "torch._tensor") or not name.startswith("_rebuild_"):
+        return None
+    match name, args:
         case (("_rebuild_tensor_v2" | "_rebuild_tensor"), (storage, offset, shape, strides, *_)):
             return _view(storage, offset, shape, strides)
         case "_rebuild_tensor_v3", (storage, offset, shape, strides, _, _, Opaque() as kind, *_):
@@ -83,14 +86,10 @@ def rebuild(function: str, args: tuple[Any, ...]) -> np.ndarray | Opaque | None:
             return tensor
         case "_rebuild_from_type_v2", (Opaque() as inner, _, tuple() as inner_args, *_):
             # A subclass of a tensor, or one with attributes: the tensor inside. Never two deep.
-            name = inner.name.removeprefix("torch._utils.")
-            if name != function and (tensor := rebuild(name, inner_args)) is not None:
+            if inner.name != function and (tensor := rebuild(inner.name, inner_args)) is not None:
                 return tensor
-            return Opaque(inner.name, fault=f"a tensor made by {inner.name}: not supported")
-    if function.startswith("_rebuild_"):
-        fault = _FAULTS.get(function, f"a tensor made by {function}: not supported")
-        return Opaque(f"torch._utils.{function}", fault=fault)
-    return None
+            name = inner.name
+    return Opaque(function, fault=_FAULTS.get(name, f"a tensor made by {name}: not supported"))
 
 
 def _view(
