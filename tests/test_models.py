@@ -14,6 +14,7 @@ import pytest
 
 from vmamba_jax import VSSM, VMambaConfig, create_model, list_models, model_config, register_model
 from vmamba_jax.config import _HEADS
+from vmamba_jax.models.layers import BatchNorm, GatedMlp
 
 SMALL = VMambaConfig(
     depths=(1, 1), dims=(16, 32), num_classes=5, ssm_d_state=1, forward_type="v05_noz",
@@ -333,3 +334,38 @@ def test_importing_the_package_loads_nothing_but_the_core():
     code = f"import sys, vmamba_jax; print([m for m in {heavy.split()} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("patchembed_version", ["v1", "v2"])
+def test_a_position_embedding_fits_the_map_of_an_odd_image(patchembed_version):
+    config = SMALL.replace(posembed=True, imgsize=33, patchembed_version=patchembed_version)
+    images = jnp.zeros((1, 33, 33, 3))
+    shapes = jax.eval_shape(VSSM(config).init, jax.random.key(0), images)
+    height, width = config.feature_size(33, 33, stage=0)
+    assert shapes["params"]["pos_embed"].shape == (1, height, width, config.stage_dims[0])
+
+
+def test_a_registered_model_has_its_own_classes_and_image_size():
+    model, variables = create_model("vmamba_digits")
+    assert (model.config.num_classes, model.config.imgsize) == (10, 32)
+    assert variables["params"]["head"]["kernel"].shape == (64, 10)
+
+
+def test_batch_norm_is_pytorchs_with_a_large_mean():
+    x = np.random.default_rng(0).normal(1e4, 1, size=(2, 3, 4, 5))
+    norm = BatchNorm(use_running_average=False)
+    images = jnp.asarray(x, jnp.float32)
+    variables = jax.tree.map(jnp.asarray, norm.init(jax.random.key(0), images))
+    y, state = norm.apply(variables, images, mutable=["batch_stats"])
+    exact = np.asarray(images, np.float64).reshape(-1, 5)
+    standard = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
+    np.testing.assert_allclose(np.asarray(y).reshape(-1, 5), standard, atol=5e-3)
+    running = 0.9 + 0.1 * exact.var(axis=0, ddof=1)
+    np.testing.assert_allclose(np.asarray(state["batch_stats"]["var"]), running, rtol=1e-3)
+
+
+def test_a_gated_mlp_computes_in_bfloat16():
+    mlp = GatedMlp(8, dtype=jnp.bfloat16)
+    x = draw(1, 2, 2, 6)
+    y, _ = mlp.init_with_output(jax.random.key(0), x)
+    assert y.dtype == jnp.bfloat16

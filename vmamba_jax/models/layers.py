@@ -185,19 +185,28 @@ class LayerNorm(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm):
-    """BatchNorm, in float32 whatever it is given.
+    """BatchNorm as PyTorch's, in float32 whatever it is given.
 
-    Its running variance is the biased one; PyTorch's is unbiased.
+    The variance is taken in a second pass, as the fast way cancels when the mean is large; a batch
+    is normalised by the biased one, and the running one is unbiased.
     """
 
     epsilon: float = EPSILON
     momentum: float = 0.9  # PyTorch's 0.1, counted from the other end
     dtype: Dtype = jnp.float32
+    use_fast_variance: bool = False
 
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalises each channel; the shape stays."""
-        return super().__call__(x.astype(jnp.float32))
+        before = self.get_variable("batch_stats", "var")
+        y = super().__call__(x.astype(jnp.float32))
+        if not self.use_running_average and not self.is_initializing():
+            biased = self.get_variable("batch_stats", "var") - self.momentum * before
+            count = x.size // x.shape[-1]
+            unbiased = biased * (count / max(count - 1, 1))
+            self.put_variable("batch_stats", "var", self.momentum * before + unbiased)
+        return y
 
 
 def norm(kind: str, train: bool, param_dtype: Dtype, name: str) -> LayerNorm | BatchNorm:
@@ -359,6 +368,6 @@ class GatedMlp(nn.Module):
         dtypes = dtypes_of(self)
         both = Dense(2 * self.hidden_features, name="fc1", **dtypes)(x)
         hidden, gate = jnp.split(both, 2, axis=-1)
-        hidden = hidden * activations[self.act_layer](gate)
+        hidden = hidden.astype(jnp.float32) * activations[self.act_layer](gate)
         out = Dense(x.shape[-1], name="fc2", **dtypes)(hidden)
         return nn.Dropout(self.dropout, deterministic=not train)(out)

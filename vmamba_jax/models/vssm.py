@@ -154,11 +154,11 @@ class VSSM(nn.Module):
             name="patch_embed",
         )(images.astype(jnp.float32), train)
         if config.posembed:
-            side = config.imgsize // config.patch_size
-            shape = (1, side, side, x.shape[-1])
+            height, width = config.feature_size(config.imgsize, config.imgsize, stage=0)
+            shape = (1, height, width, x.shape[-1])
             if x.shape[1:3] != shape[1:3]:
                 raise ValueError(
-                    f"the position embedding is {side}x{side} patches and this image is "
+                    f"the position embedding is {height}x{width} patches and this image is "
                     f"{x.shape[1]}x{x.shape[2]}: create the model with this image's size"
                 )
             pos_embed = self.param("pos_embed", linear_init, shape, self.param_dtype)
