@@ -14,8 +14,11 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Workers and the processes that tests start compile the same few programs: once is enough.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+# Workers and the processes that tests start compile the same few programs: once is enough. But with
+# jaxlib 0.12.0 a training step read back from the cache on a CPU ends the process.
+if version("jaxlib").startswith("0.12."):
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
