@@ -98,7 +98,8 @@ def test_the_cascaded_scan_runs_along_rows_then_columns():
     expected = jax.vmap(lambda column: both_ways(column, slice(2, 4)), 2, 2)(standardise(rows))
     actual = selective_scan_2d(x, **weights(), order="cascade2d")
     # What the second pass adds up are sums as large as the largest entry.
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-6 * jnp.abs(expected).max())
+    tolerance = 5e-6 * float(jnp.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
