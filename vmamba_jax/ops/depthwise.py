@@ -52,8 +52,7 @@ def _backward(residuals, dy: Array):
     dkernel = jax.lax.platform_dependent(
         padded, dy, cpu=_kernel_gradient_by_rows, default=_kernel_gradient
     )
-    gradients = (dx.astype(padded.dtype), dkernel.astype(kernel.dtype))
-    return together(gradients)
+    return together((dx.astype(padded.dtype), dkernel.astype(kernel.dtype)))
 
 
 def _kernel_gradient(padded: Array, dy: Array) -> Array:

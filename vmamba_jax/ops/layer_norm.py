@@ -57,8 +57,7 @@ def _backward(residuals, dy: Array):
     lost = over_channels(dy, scale) + standard * over_channels(along, scale)
     dx = (dy * _over(scale, x) - lost / x.shape[-1]) * inverse
     dscale, dbias = over_positions(along), over_positions(dy)
-    gradients = (dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype))
-    return together(gradients)
+    return together((dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(bias.dtype)))
 
 
 def _over(weight: Float[Array, "C"], x: Float[Array, "... C"]) -> Array:

@@ -43,8 +43,7 @@ def _backward(residuals, dy: Array):
     x, kernel, bias = residuals
     dx = (_rows(dy) @ kernel.T).reshape(x.shape)
     dbias = None if bias is None else over_positions(dy).astype(bias.dtype)
-    gradients = (dx, _kernel_gradient(_rows(x), _rows(dy)), dbias)
-    return together(gradients)
+    return together((dx, _kernel_gradient(_rows(x), _rows(dy)), dbias))
 
 
 _linear.defvjp(_forward, _backward)
