@@ -12,7 +12,7 @@ from recipe import cotangent, images, probe, state_dict
 
 from vmamba_jax import VSSM, VMambaConfig
 from vmamba_jax.convert import from_torch, to_torch
-from vmamba_jax.ops import IMPLEMENTATIONS, default_implementation
+from vmamba_jax.ops import IMPLEMENTATIONS
 
 DATA = Path(__file__).parent / "data"
 SMALL = sorted(p.stem for p in (DATA / "golden_small").glob("*.npz"))
@@ -49,7 +49,7 @@ def combinations(names, with_all):
             name,
             implementation,
             marks=()
-            if name in with_all or implementation == default_implementation()
+            if name in with_all or implementation == "sequential"
             else pytest.mark.exhaustive,
         )
         for name in names

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vmamba_jax.ops import IMPLEMENTATIONS, default_implementation, selective_scan
+from vmamba_jax.ops import IMPLEMENTATIONS, selective_scan
 
 # These arrays are tiny: compiling takes far longer than running, whatever LLVM's effort.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -244,10 +245,25 @@ def test_skip_and_bias_are_optional(implementation):
     assert relative_error(actual, recurrence(**inputs)) < 3e-6
 
 
-def test_each_platform_has_a_default():
-    assert default_implementation() == "sequential"
-    assert default_implementation("gpu") == "associative"
-    assert default_implementation("tpu") == "pallas_tpu"
+def test_a_program_holds_the_scan_of_the_platform_that_it_is_lowered_for():
+    arrays = in_dtype(make_inputs(4, 2), jnp.float32)
+    traced = SCAN.trace(**arrays)
+    kernels = {
+        platform: "tpu_custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert kernels == {"cpu": False, "cuda": False, "tpu": True}
+
+
+@pytest.mark.parametrize(
+    ("platforms", "implementation"),
+    [(("cpu", "cuda"), None), (("cpu", "cuda", "tpu"), "associative")],
+)
+def test_one_program_serves_several_platforms(platforms, implementation):
+    arrays = in_dtype(make_inputs(4, 2), jnp.float32)
+    scan = jit(partial(selective_scan, implementation=implementation))
+    exported = jax.export.export(scan, platforms=platforms)(**arrays)
+    np.testing.assert_allclose(exported.call(**arrays), scan(**arrays), atol=1e-6)
 
 
 def test_an_unknown_implementation_names_the_closest():

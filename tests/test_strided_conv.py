@@ -1,17 +1,15 @@
 """The strided convolution and both of its gradients against each other and finite differences."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from vmamba_jax.ops import strided_conv
-from vmamba_jax.ops.strided_conv import _gradient_by_convolutions, _gradient_by_products
+from vmamba_jax.ops import _cpu, strided_conv
 
 # Kernel, stride, padding: patch embedding v1, both halves of v2 and downsampling v3, v2, more.
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 SHAPES = [(4, 4, 0), (3, 2, 1), (2, 2, 0), (5, 4, 1), (3, 1, 1), (1, 3, 0), (3, 2, 2)]
 
 
@@ -38,15 +36,24 @@ def test_each_output_is_its_windows_product_with_the_kernel(size, stride, paddin
 
 @pytest.mark.parametrize("at_a_time", [1, 2])
 @pytest.mark.parametrize(("size", "stride", "padding"), SHAPES)
-def test_the_gradient_by_products_is_the_one_by_convolutions(
+def test_the_one_of_products_and_its_transposes_are_the_convolutions(
     size, stride, padding, at_a_time, monkeypatch
 ):
     x, kernel, dy = arrays(size, stride, padding)
     values = dy[0, ..., 0].size * kernel[..., 0].size
-    monkeypatch.setattr(sys.modules[strided_conv.__module__], "WINDOWS", at_a_time * values)
-    by_products = _gradient_by_products(x, kernel, dy, stride, padding)
-    by_convolutions = _gradient_by_convolutions(x, kernel, dy, stride, padding)
-    for ours, theirs in zip(by_products, by_convolutions, strict=True):
+    monkeypatch.setattr(_cpu, "WINDOWS", at_a_time * values)
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=DIMENSIONS
+        )
+
+    by_convolutions, vjp = jax.vjp(convolve, x, kernel)
+    by_products, vjp_of_products = jax.vjp(
+        lambda x, kernel: _cpu.strided_conv(x, kernel, stride, padding), x, kernel
+    )
+    np.testing.assert_allclose(by_products, by_convolutions, atol=5e-5)
+    for ours, theirs in zip(vjp_of_products(dy), vjp(dy), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=5e-5)
 
 

@@ -1,12 +1,15 @@
 """The model inside other people's JAX: what JAX promises of a function holds for it."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vmamba_jax import VSSM, create_model, model_config, selective_scan
 
@@ -53,13 +56,107 @@ def test_the_gradient_is_the_same_inside_shard_map(params, gradient):
     @partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec("data")),
-        out_specs=PartitionSpec(),
+        in_specs=(P(), P("data")),
+        out_specs=P(),
     )
     def by_device(params, images):
         return jax.grad(lambda params: jax.lax.pmean(loss(params, images), "data"))(params)
 
     assert_close(by_device(params, IMAGES), gradient)
+
+
+NOISY = VSSM(MODEL.config.replace(drop_path_rate=0.3, mlp_drop_rate=0.2, ssm_drop_rate=0.1))
+
+
+@pytest.mark.parametrize("in_context", [True, False])
+def test_a_training_step_is_the_same_on_a_mesh_of_explicit_axes(params, in_context):
+    @jax.jit
+    def step(params, images):
+        def loss(params):
+            rngs = {"dropout": jax.random.key(3)}
+            logits = NOISY.apply({"params": params}, images, train=True, rngs=rngs)
+            return jnp.square(jnp.asarray(logits)).mean()
+
+        return jax.grad(loss)(params)
+
+    expected = step(params, IMAGES)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
+    assert set(mesh.axis_types) == {AxisType.Explicit}
+    put = partial(jax.device_put, params), partial(jax.device_put, IMAGES)
+    everywhere, split = (NamedSharding(mesh, P(*axes)) for axes in ((), ("data",)))
+    with jax.set_mesh(mesh) if in_context else nullcontext():
+        actual = step(put[0](everywhere), put[1](split))
+    assert_close(jax.device_get(actual), expected)
+
+
+def test_images_that_are_split_over_devices_are_refused(params):
+    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
+    images = jax.device_put(IMAGES, NamedSharding(mesh, P(None, "rows")))
+    with pytest.raises(ValueError, match="split the batch only"):
+        jax.eval_shape(MODEL.apply, {"params": params}, images)
+
+
+def test_the_reference_differentiates_forward(params):
+    model = MODEL.clone(scan_implementation="reference")
+
+    def outputs(images):
+        return model.apply({"params": params}, images)
+
+    direction = jnp.ones_like(IMAGES)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(4, 5)), jnp.float32)
+    forward = jax.jit(lambda x: jax.jvp(outputs, (x,), (direction,))[1])(IMAGES)
+    linear = jax.jit(lambda x: jax.linearize(outputs, x)[1](direction))(IMAGES)
+    (reverse,) = jax.jit(lambda x: jax.vjp(outputs, x)[1](weights))(IMAGES)
+    np.testing.assert_allclose(forward, linear, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose((weights * forward).sum(), reverse.sum(), rtol=1e-4)
+
+
+def test_a_second_call_without_jit_compiles_nothing(params):
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            compiled.append(seconds)
+
+    MODEL.apply({"params": params}, IMAGES)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        MODEL.apply({"params": params}, IMAGES)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not compiled
+
+
+def test_a_gradient_has_a_gradient():
+    # Of one block at two positions: what matters is what can be differentiated, not how much.
+    model = VSSM(MODEL.config.replace(depths=(1,), dims=(16,)))
+    images = IMAGES[:1, :8, :8]
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+
+    def slope(x):
+        return jax.grad(lambda x: jnp.square(jnp.asarray(model.apply(variables, x))).mean())(x)
+
+    penalty = jax.jit(jax.value_and_grad(lambda x: jnp.square(slope(x)).sum() / 2))
+    value, gradient = penalty(images)
+    along = gradient / jnp.linalg.norm(gradient)
+    ahead, behind = (penalty(images + sign * 1e-2 * along)[0] for sign in (1, -1))
+    np.testing.assert_allclose((ahead - behind) / 2e-2, jnp.linalg.norm(gradient), rtol=2e-2)
+    assert value > 0
+
+
+def test_an_ensemble_is_its_members(params):
+    other = jax.tree.map(lambda a: a * 1.01, params)
+    stacked = jax.tree.map(lambda *members: jnp.stack(members), params, other)
+    apply = jax.jit(lambda params: jnp.asarray(MODEL.apply({"params": params}, IMAGES)))
+    together = jax.jit(jax.vmap(apply))(stacked)
+    np.testing.assert_allclose(together, jnp.stack([apply(params), apply(other)]), atol=1e-5)
+
+
+def test_linens_own_tools_work(params):
+    table = MODEL.tabulate(jax.random.key(0), IMAGES, compute_flops=True, console_kwargs={})
+    assert "layers_1_blocks_0" in table
+    _, seen = MODEL.apply({"params": params}, IMAGES, capture_intermediates=True)
+    assert seen["intermediates"]["layers_0_blocks_0"]["__call__"][0].shape == (4, 8, 8, 16)
 
 
 def test_gradients_of_single_images_average_to_that_of_the_batch(params, gradient):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from vmamba_jax import ops
 from vmamba_jax.ops.layer_norm import EPSILON
+from vmamba_jax.ops.per_device import split_like
 from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Images, ResampledMap
 
 
@@ -216,6 +217,24 @@ def norm(kind: str, train: bool, param_dtype: Dtype, name: str) -> LayerNorm | B
     return LayerNorm(param_dtype=param_dtype, name=name)
 
 
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al., 2014) that draws as Linen's, under Explicit meshes too.
+
+    Attributes:
+        rate: share of the values that become zero; the others grow to keep the mean.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B ..."], train: bool = False) -> Float[Array, "B ..."]:
+        """Drops values in training (rng ``"dropout"``); the shape stays."""
+        if not train or self.rate == 0:
+            return x
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        return jnp.where(split_like(kept, x), x / (1 - self.rate), jnp.zeros_like(x))
+
+
 class PatchEmbed(nn.Module):
     """Image to feature map, one position a patch.
 
@@ -340,7 +359,7 @@ class Mlp(nn.Module):
     def __call__(self, x: FeatureMap, train: bool = False) -> FeatureMap:
         """Maps each position by itself; the shape stays."""
         dtypes = dtypes_of(self)
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = partial(Dropout(self.dropout), train=train)
         hidden = Dense(self.hidden_features, act_layer=self.act_layer, name="fc1", **dtypes)(x)
         return drop(Dense(x.shape[-1], name="fc2", **dtypes)(drop(hidden)))
 
@@ -370,4 +389,4 @@ class GatedMlp(nn.Module):
         hidden, gate = jnp.split(both, 2, axis=-1)
         hidden = hidden.astype(jnp.float32) * activations[self.act_layer](gate)
         out = Dense(x.shape[-1], name="fc2", **dtypes)(hidden)
-        return nn.Dropout(self.dropout, deterministic=not train)(out)
+        return Dropout(self.dropout)(out, train)

@@ -11,6 +11,7 @@ import numpy as np
 from vmamba_jax.config import parse_forward_type
 from vmamba_jax.models.layers import (
     Dense,
+    Dropout,
     LayerNorm,
     activations,
     depthwise_conv,
@@ -104,7 +105,7 @@ class SS2D(nn.Module):
         y = activations["gelu"](y) if variant.out_act else y
         y = y if gate is None else y * gate
         y = Dense(channels, use_bias=False, name="out_proj", **dtypes)(y)
-        return nn.Dropout(self.dropout, deterministic=not train)(y)
+        return Dropout(self.dropout)(y, train)
 
     def _rank(self, channels: int) -> int:
         return math.ceil(channels / 16) if self.dt_rank == "auto" else int(self.dt_rank)

@@ -1,7 +1,7 @@
 """VSSM, the VMamba network: patch embedding, stages of VSS blocks, classifier."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ from vmamba_jax.models.layers import (
     norm,
 )
 from vmamba_jax.models.ss2d import SS2D
+from vmamba_jax.ops.per_device import batch_axes, split_like
 from vmamba_jax.ops.residuals import KEPT, keep
 from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, ResampledMap
 
@@ -89,7 +90,13 @@ class VSSBlock(nn.Module):
             return y
         keep = jnp.asarray(1 - rate, y.dtype)
         drawn = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (y.shape[0], 1, 1, 1))
-        return jnp.where(drawn, y / keep, jnp.zeros_like(y))
+        return jnp.where(split_like(drawn, y), y / keep, jnp.zeros_like(y))
+
+
+@cache  # the same class each time: of another one, calls outside of `jax.jit` compile again
+def _block_type(kept: Callable[..., bool] | None) -> type[VSSBlock]:
+    # What leaves an inner jit, jax.checkpoint keeps as it is; of other arrays it keeps a copy.
+    return nn.remat(nn.jit(VSSBlock, static_argnums=(2,)), static_argnums=(2,), policy=kept)
 
 
 class VSSM(nn.Module):
@@ -134,8 +141,8 @@ class VSSM(nn.Module):
             float32 logits, or pooled features if the config has no classes.
 
         Raises:
-            ValueError: for integer images, a wrong rank, channel count or size, or an
-                out_indices out of range.
+            ValueError: for integer images, a wrong rank, channel count or size, images that are
+                split over devices, or an out_indices out of range.
         """
         config = self.config
         dtypes = dtypes_of(self)
@@ -166,9 +173,7 @@ class VSSM(nn.Module):
 
         # Each block skips a little more often than the one before it.
         drop_path = np.linspace(0, config.drop_path_rate, sum(config.depths)).tolist()
-        # What leaves an inner jit, jax.checkpoint keeps as it is; of other arrays it keeps a copy.
-        block_type = nn.jit(VSSBlock, static_argnums=(2,))
-        block_type = nn.remat(block_type, static_argnums=(2,), policy=self._kept())
+        block_type = _block_type(self._kept())
         maps = []
         for i, depth in enumerate(config.depths):
             rates = drop_path[sum(config.depths[:i]) :][:depth]
@@ -262,6 +267,7 @@ def _check_images(images: Array, config: VMambaConfig) -> None:
         )
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be normalised floats, got {images.dtype}")
+    batch_axes(images)
     if min(config.feature_size(*images.shape[1:3])) < 1:
         raise ValueError(
             f"images of {images.shape[1]}x{images.shape[2]} are too small for {len(config.depths)} "

@@ -5,7 +5,7 @@ from vmamba_jax.ops.layer_norm import layer_norm
 from vmamba_jax.ops.linear import add_bias, linear
 from vmamba_jax.ops.scan_2d import selective_scan_2d, ssd_2d
 from vmamba_jax.ops.scan_order import cross_merge, cross_scan
-from vmamba_jax.ops.selective_scan import IMPLEMENTATIONS, default_implementation, selective_scan
+from vmamba_jax.ops.selective_scan import IMPLEMENTATIONS, selective_scan
 from vmamba_jax.ops.ssd import ssd
 from vmamba_jax.ops.strided_conv import strided_conv
 
@@ -14,7 +14,6 @@ __all__ = [
     "add_bias",
     "cross_merge",
     "cross_scan",
-    "default_implementation",
     "depthwise_conv",
     "layer_norm",
     "linear",

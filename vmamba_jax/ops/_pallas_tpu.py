@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
+from vmamba_jax.ops import _reference
+from vmamba_jax.ops._alike import alike
 from vmamba_jax.ops._discretise import lift, softplus_and_slope
 from vmamba_jax.ops._parts import chunk_length
 from vmamba_jax.ops.residuals import keep
@@ -47,7 +49,8 @@ def selective_scan(
 ) -> Float[Array, "B L K C"]:
     """See `vmamba_jax.ops.selective_scan`; `interpret` runs the kernels without a TPU, slowly.
 
-    Under `jax.set_mesh`, each device scans its part of the batch, split over all axes of the mesh.
+    Under `jax.set_mesh`, each device scans its part of the batch, split over all Auto axes of the
+    mesh.
 
     Raises:
         NotImplementedError: for routes that don't tile a register's 8 rows.
@@ -61,7 +64,7 @@ def selective_scan(
 
     static = _Static(delta_softplus, reverse, interpret)
     weights = (jnp.moveaxis(wide(A), -1, 0), wide(D), wide(delta_bias))
-    return _scan(u, lift(delta, delta_proj), B, C, *weights, static)
+    return _scan(*alike((u, lift(delta, delta_proj), B, C, *weights)), static)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -72,17 +75,56 @@ def _scan(u, delta, b, c, a, skip, bias, static: _Static) -> Float[Array, "B L K
 
 def _forward(u, delta, b, c, a, skip, bias, static: _Static):
     arguments = (u, delta, b, c, a, skip, bias)
-    run = partial(_run_forward, static=static, states=True)
-    y, entering = _over_batch(run, u.shape[0], "b l k c, b z n k c")(*arguments)
-    return y, (*arguments, keep(entering))
+    y, entering = _with_states(arguments, static)
+    return y, (arguments, keep(entering))
 
 
 def _backward(static: _Static, residuals, dy):
+    return _gradient(*residuals, dy, static)
+
+
+# A kernel has no derivative. Those of the two that make a gradient are the reference's: second
+# derivatives are right, if dear; and on every platform JAX asks for them, whichever runs.
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _with_states(arguments, static: _Static):
+    run = partial(_run_forward, static=static, states=True)
+    batch = arguments[0].shape[0]
+    return _over_batch(run, batch, "b l k c, b z n k c")(*arguments)
+
+
+@_with_states.defjvp
+def _with_states_jvp(static: _Static, primals, tangents):
+    _, dy = jax.jvp(partial(_reference_scan, static=static), primals, tangents)
+    y, entering = _with_states(*primals, static)
+    # A gradient depends on the states by way of the arguments, and says so itself.
+    return (y, entering), (dy, jnp.zeros_like(entering))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _gradient(arguments, entering, dy, static: _Static):
     per_step = "b l k c, b l k c, b l k n, b l k n"
     results = per_step + ", b n k c, b k c, b k c"
     run = _over_batch(partial(_run_backward, static=static), dy.shape[0], results, more=True)
-    *gradients, da, dskip, dbias = run(*residuals, dy)
+    *gradients, da, dskip, dbias = run(*arguments, entering, dy)
     return *gradients, da.sum(axis=0), dskip.sum(axis=0), dbias.sum(axis=0)
+
+
+@_gradient.defjvp
+def _gradient_jvp(static: _Static, primals, tangents):
+    def gradient(arguments, dy):
+        return jax.vjp(partial(_reference_scan, static=static), arguments)[1](dy)[0]
+
+    (arguments, entering, dy), (darguments, _, ddy) = primals, tangents
+    _, change = jax.jvp(gradient, (arguments, dy), (darguments, ddy))
+    return _gradient(arguments, entering, dy, static), change
+
+
+def _reference_scan(arguments, static: _Static) -> Float[Array, "B L K C"]:
+    u, delta, b, c, a, skip, bias = arguments
+    A = jnp.moveaxis(a, 0, -1)
+    return _reference.selective_scan(
+        u, delta, A, b, c, skip, bias, None, static.delta_softplus, static.reverse
+    )
 
 
 _scan.defvjp(_forward, _backward)
@@ -96,7 +138,7 @@ def _over_batch(function: Callable[..., Any], batch: int, results: str, more: bo
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    axes = tuple(name for name, kind in kinds if kind != AxisType.Manual)
+    axes = tuple(name for name, kind in kinds if kind == AxisType.Auto)
     if not axes:
         return function
     divides = batch % math.prod(mesh.shape[name] for name in axes) == 0
@@ -117,7 +159,7 @@ def _over_batch(function: Callable[..., Any], batch: int, results: str, more: bo
 
 
 def _run_forward(u, delta, b, c, a, skip, bias, *, static: _Static, states: bool):
-    at = _Blocks(u.shape, a.shape[0], static, backwards=static.reverse)
+    at = _Blocks(u, a.shape[0], static, backwards=static.reverse)
     y, *entering = pl.pallas_call(
         partial(_forward_kernel, static=static),
         grid=at.grid,
@@ -134,7 +176,7 @@ def _run_forward(u, delta, b, c, a, skip, bias, *, static: _Static, states: bool
 
 
 def _run_backward(u, delta, b, c, a, skip, bias, entering, dy, *, static: _Static):
-    at = _Blocks(u.shape, a.shape[0], static, backwards=not static.reverse)
+    at = _Blocks(u, a.shape[0], static, backwards=not static.reverse)
     du, ddelta, db, dc, da, dskip, dbias = pl.pallas_call(
         partial(_backward_kernel, static=static),
         grid=at.grid,
@@ -173,8 +215,10 @@ _SEQUENTIAL = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", 
 class _Blocks:
     """Shapes and blocks; the grid is (rows, channels, chunks), chunks last and in order."""
 
-    def __init__(self, shape: tuple[int, ...], states: int, static: _Static, backwards: bool):
-        self.batch, self.steps_in_all, self.route_count, self.channels = shape
+    def __init__(self, u: Array, states: int, static: _Static, backwards: bool):
+        self.batch, self.steps_in_all, self.route_count, self.channels = u.shape
+        # Inside `jax.shard_map` a kernel must say that results differ between devices as `u` does.
+        self.varying = jax.typeof(u).manual_axis_type
         self.together = ROWS // self.route_count  # batch elements that share a register's rows
         self.reverse = static.reverse
         self.states = states
@@ -237,21 +281,20 @@ class _Blocks:
         return jnp.concatenate([a] * self.together, axis=-2)
 
     def wide(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.length, self.row_count, self.channels), dtype)
+        return self._array(self.length, self.row_count, self.channels, dtype=dtype)
 
     def entering(self) -> jax.ShapeDtypeStruct:
-        return _float32(self.grid[2], self.states, self.row_count, self.channels)
+        return self._array(self.grid[2], self.states, self.row_count, self.channels)
 
     def partial(self) -> jax.ShapeDtypeStruct:
-        return _float32(self.grid[1], self.length, self.row_count, self.states)
+        return self._array(self.grid[1], self.length, self.row_count, self.states)
 
     def sums(self) -> list[jax.ShapeDtypeStruct]:
-        weight = _float32(self.row_count, self.channels)
-        return [_float32(self.states, self.row_count, self.channels), weight, weight]
+        weight = self._array(self.row_count, self.channels)
+        return [self._array(self.states, self.row_count, self.channels), weight, weight]
 
-
-def _float32(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+    def _array(self, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=self.varying)
 
 
 def _forward_kernel(u, delta, b, c, a, skip, bias, y, *entering_and_h, static: _Static):

@@ -1,6 +1,7 @@
 """The selective scan, one function over several implementations."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from vmamba_jax._closest import closest
 from vmamba_jax.ops import _associative, _pallas_tpu, _reference, _sequential
+from vmamba_jax.ops.per_device import per_device
 from vmamba_jax.typing import Array, Float
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = MappingProxyType(
@@ -20,13 +22,7 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = MappingProxyType(
 )
 """Name -> implementation; one that can't serve an input raises NotImplementedError."""
 
-_DEFAULTS = {"cpu": "sequential", "gpu": "associative", "tpu": "pallas_tpu"}
 _ONLY_ON = {"pallas_tpu": "tpu"}
-
-
-def default_implementation(platform: str | None = None) -> str:
-    """The best implementation for a platform (``"cpu"``, ``"gpu"``, ``"tpu"``; None: this one)."""
-    return _DEFAULTS.get(platform or _platform(), "associative")
 
 
 def _platform() -> str:
@@ -73,7 +69,10 @@ def selective_scan(
             chunks does so chunk by chunk: neither the lifted `delta` nor its gradient exists whole.
         reverse: run from the last element to the first (the output stays in input order).
         implementation: a name in `IMPLEMENTATIONS`, or several to try in turn until one can serve
-            these inputs, or None for the platform's default.
+            these inputs, or None for the default of the platform that the program is lowered for.
+            `reference` is plain JAX, and the only one that forward mode (`jax.jvp`, `jax.jacfwd`)
+            can differentiate. A program exported for TPU and others in one needs a name: JAX can't
+            lower the TPU's kernel beside them.
 
     Returns:
         y, in the dtype of `u`.
@@ -83,27 +82,58 @@ def selective_scan(
         NotImplementedError: if no implementation asked for can serve these inputs.
     """
     _check_shapes(u, delta, A, B, C, D, delta_bias, delta_proj)
-    arrays = (u, delta, A, B, C, D, delta_bias, delta_proj)
-    if implementation is None:
-        names: Sequence[str] = (default_implementation(),)
-    else:
-        names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation or ())
     for name in names:
         if name not in IMPLEMENTATIONS:
             raise ValueError(f"unknown implementation {name!r}." + closest(name, IMPLEMENTATIONS))
-    refusals = []
-    for name in names:
-        if _ONLY_ON.get(name, _platform()) != _platform():
-            refusals.append(f"{name}: runs on {_ONLY_ON[name]}, this is {_platform()}")
-            continue
-        try:
-            return IMPLEMENTATIONS[name](*arrays, delta_softplus, reverse)
-        except NotImplementedError as refusal:
-            refusals.append(f"{name}: {refusal}")
-    others = [name for name in IMPLEMENTATIONS if name not in (*names, *_ONLY_ON)]
-    raise NotImplementedError(
-        f"no implementation can serve this scan. {'; '.join(refusals)}. Here run: {others}"
-    )
+    arrays = (u, delta, A, B, C, D, delta_bias, delta_proj)
+    return _scan(arrays, delta_softplus, reverse, names, _platform() if names else None)
+
+
+# Under `jax.jit`, scans of the same shapes are traced once; outside of it they compile once.
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _scan(
+    arrays: tuple[Array | None, ...],
+    delta_softplus: bool,
+    reverse: bool,
+    names: tuple[str, ...],
+    platform: str | None,
+) -> Array:
+    """By the first of `names` that can serve on `platform`, or by the default of each platform."""
+
+    def by(*names: str, on: str | None = None) -> Callable[..., Array]:
+        def scan(*arrays: Array | None) -> Array:
+            refusals = []
+            for name in names:
+                if on and _ONLY_ON.get(name, on) != on:
+                    refusals.append(f"{name}: runs on {_ONLY_ON[name]}, this is {on}")
+                    continue
+                try:
+                    return IMPLEMENTATIONS[name](*arrays, delta_softplus, reverse)
+                except NotImplementedError as refusal:
+                    refusals.append(f"{name}: {refusal}")
+            others = [name for name in IMPLEMENTATIONS if name not in (*names, *_ONLY_ON)]
+            raise NotImplementedError(
+                f"no implementation can serve this scan. {'; '.join(refusals)}. Here run: {others}"
+            )
+
+        return scan
+
+    def scan(batched: tuple[Array, ...], weights: tuple[Array | None, ...]) -> Array:
+        u, delta, B, C = batched
+        A, *others = weights
+        arrays = (u, delta, A, B, C, *others)
+        if names:
+            return by(*names, on=platform)(*arrays)
+        return jax.lax.platform_dependent(
+            *arrays,
+            cpu=by("sequential"),
+            tpu=by("pallas_tpu", "associative"),
+            default=by("associative"),
+        )
+
+    u, delta, A, B, C, *others = arrays
+    return per_device(scan, (u, delta, B, C), (A, *others))
 
 
 def _check_shapes(

@@ -23,7 +23,6 @@ from vmamba_jax.data import (
     train_iterator,
 )
 from vmamba_jax.models.vssm import VSSM
-from vmamba_jax.ops.selective_scan import default_implementation
 from vmamba_jax.registry import model_config
 from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
@@ -53,18 +52,16 @@ def open_sources(config: DataConfig) -> Sources:
     return sources
 
 
-def build_model(config: ModelConfig, *, num_classes: int, image_size: int, mesh: Mesh) -> VSSM:
-    """The model that a run trains, scanning as suits the mesh's devices; no parameters are made."""
+def build_model(config: ModelConfig, *, num_classes: int, image_size: int) -> VSSM:
+    """The model that a run trains; no parameters are made."""
     architecture = model_config(config.name).replace(
         num_classes=num_classes,
         imgsize=image_size,
         drop_path_rate=config.drop_path_rate,
         use_checkpoint=config.use_checkpoint,
     )
-    platform = mesh.devices.flat[0].platform
     return VSSM(
         architecture,
-        scan_implementation=default_implementation(platform),
         dtype=jnp.dtype(config.dtype),
         scan_blocks=config.scan_blocks,
     )
