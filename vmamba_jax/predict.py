@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vmamba_jax.data.augment import EvalTransform
 from vmamba_jax.data.decode import DamagedRecordError, decode_image
 from vmamba_jax.models import VSSM
+from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.typing import Variables
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
@@ -64,8 +65,8 @@ def predict(
     variables: Variables,
     paths: Sequence[Path],
     class_names: Sequence[str],
+    preprocessing: Preprocessing,
     *,
-    image_size: int = 224,
     batch_size: int = 16,
     top: int = 5,
 ) -> Iterator[Result]:
@@ -76,15 +77,14 @@ def predict(
         variables: its weights.
         paths: image files. One that can't be read gives a `Result` with an error.
         class_names: names of the classes in the head's order.
-        image_size: side of the centre crop, in pixels; the shorter side is resized to 256/224 of
-            it first.
+        preprocessing: what the images go through.
         batch_size: images at a time.
         top: how many classes to name.
 
     Yields:
         One result a path, in order.
     """
-    transform = EvalTransform(image_size)
+    transform = EvalTransform.of(preprocessing)
     batch_size = min(batch_size, len(paths))
 
     @jax.jit
@@ -96,7 +96,7 @@ def predict(
     for start in range(0, len(paths), batch_size):
         results: list[Result] = []
         # One shape for every batch, so that the model compiles once.
-        images = np.zeros((batch_size, image_size, image_size, 3), np.float32)
+        images = np.zeros((batch_size, *preprocessing.size, 3), np.float32)
         for i, path in enumerate(paths[start : start + batch_size]):
             try:
                 images[i] = transform(decode_image(path, str(path)))

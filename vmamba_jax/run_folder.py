@@ -62,6 +62,17 @@ def choose_step(folder: Path, which: str | None = None) -> int:
     return int(which)
 
 
+def describe_step(checkpoint: Path) -> str:
+    """Such as ``"update 870, the best, accuracy 93.3 %"``."""
+    step, folder = int(checkpoint.name), checkpoint.parent
+    metrics = {known: read_metrics(folder / str(known)) for known in complete_steps(folder)}
+    kinds = {"the best": best_step(metrics), "the latest": max(metrics, default=None)}
+    words = [f"update {step}", *(kind for kind, of in kinds.items() if of == step)]
+    if "accuracy" in metrics.get(step, {}):
+        words.append(f"accuracy {100 * metrics[step]['accuracy']:.1f} %")
+    return ", ".join(words)
+
+
 def read_metrics(checkpoint: Path) -> dict[str, float]:
     """What an evaluation of a checkpoint found; empty if there was none."""
     try:

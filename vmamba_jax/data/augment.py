@@ -15,9 +15,7 @@ from jaxtyping import Float32
 from PIL import Image
 
 from vmamba_jax.data.randaugment import RandAugment
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 Pixels = Float32[np.ndarray, "H W 3"]
 
@@ -52,8 +50,8 @@ class TrainTransform:
     flip: float = 0.5
     rand_augment: RandAugment | None = field(default_factory=RandAugment)
     erasing: float = 0.25
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
         """Crops, flips, augments, normalises and erases."""
@@ -70,21 +68,28 @@ class EvalTransform:
     """The released evaluation protocol for one image.
 
     Attributes:
-      size: height and width of the result, in pixels.
-      crop: the share of the resized image's shorter side that is kept; 224/256 in the recipe.
+      size: height and width of the result, in pixels; one number for both.
+      crop: the share of the resized image that is kept along its tighter side; 224/256 in the
+        recipe.
       mean: subtracted from each channel, which runs from 0 to 1.
       std: what each channel is then divided by.
     """
 
-    size: int = 224
+    size: int | tuple[int, int] = 224
     crop: float = 224 / 256
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Pixels:
-        """Resizes the shorter side to ``size / crop``, crops the centre and normalises."""
-        image = resize_shorter_side(image, int(self.size / self.crop))
-        return normalize(center_crop(image, self.size), self.mean, self.std)
+        """Resizes to cover ``size / crop``, crops the centre and normalises."""
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        image = resize_to_cover(image, int(height / self.crop), int(width / self.crop))
+        return normalize(center_crop(image, height, width), self.mean, self.std)
+
+    @classmethod
+    def of(cls, steps: Preprocessing) -> "EvalTransform":
+        """The transform that a model's preprocessing describes."""
+        return cls(steps.size, steps.crop, steps.mean, steps.std)
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,8 @@ class DigitsTransform:
     shift: float = 0.06
     degrees: float = 10.0
     scale: float = 0.1
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
         """Moves, turns and scales the image about its centre; black where nothing is left."""
@@ -205,26 +210,26 @@ def random_erasing(
     return pixels
 
 
-def resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
-    """Resizes, bicubic, so that the shorter side becomes ``size`` and the shape is kept."""
-    width, height = image.size
-    if width <= height:
-        target = (size, max(1, int(size * height / width)))
+def resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resizes, bicubic, keeping the shape, to the smallest image that covers a size.
+
+    For a square that brings the shorter side to its length.
+    """
+    own_width, own_height = image.size
+    if width * own_height >= height * own_width:
+        target = (width, max(height, int(width * own_height / own_width)))
     else:
-        target = (max(1, int(size * width / height)), size)
+        target = (max(width, int(height * own_width / own_height)), height)
     return image if target == image.size else image.resize(target, Image.Resampling.BICUBIC)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Cuts out the central ``size`` x ``size`` square of an image at least that large."""
-    width, height = image.size
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Cuts out the centre of an image at least that large."""
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
-def normalize(
-    image: Image.Image, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> Pixels:
+def normalize(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Pixels:
     """RGB bytes to ``(H, W, 3)`` float32, ``(pixel / 255 - mean) / std``."""
     scale = 1 / (255 * np.array(std, np.float32))
     shift = np.array(mean, np.float32) / np.array(std, np.float32)

@@ -25,6 +25,7 @@ from vmamba_jax.training.report import Report
 from vmamba_jax.training.setup import (
     Learner,
     Sources,
+    about_model,
     build_learner,
     held_out_batches,
     identity_of,
@@ -94,7 +95,8 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
         start = checkpoints.latest_step or 0
         if start:
             _check_same_run(config, checkpoints.config())
-            state = checkpoints.restore(abstract_state(learner.init, mesh), data_iterator=batches)
+            items = abstract_state(learner.init, mesh).items()
+            state = TrainState.from_items(checkpoints.restore(items, data_iterator=batches))
         else:
             state = create_state(learner.init, mesh)
             if config.init_from is not None:
@@ -136,7 +138,13 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
                     stopping = stop.reached(step)
                     if stopping or due(step) or step % (config.save_every or steps_per_epoch) == 0:
                         report.sync()
-                        checkpoints.save(state, data_iterator=batches, config=to_json(config))
+                        checkpoints.save(
+                            step,
+                            state.items(),
+                            model=about_model(config, learner.model, sources.train),
+                            data_iterator=batches,
+                            config=to_json(config),
+                        )
                     if stopping and step < total:
                         checkpoints.wait()
                         console.print(
@@ -186,9 +194,8 @@ def evaluate_run(
             with Checkpoints(folder, read_only=True) as checkpoints:
                 step = choose_step(folder, which)
                 _check_same_run(config, checkpoints.config(step))
-                variables = checkpoints.restore_weights(
-                    abstract.variables, average=abstract.ema is not None, step=step
-                )
+                item = "variables" if abstract.ema is None else "ema"
+                variables = checkpoints.restore({item: abstract.items()[item]}, step=step)[item]
             console.print(f"weights: {folder}, update {step}", soft_wrap=True)
         else:
             raise CheckpointError(

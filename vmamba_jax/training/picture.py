@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vmamba_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 
 def draw_run(

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from vmamba_jax.convert.artifact import describe_model
 from vmamba_jax.convert.pretrained import load_pretrained
 from vmamba_jax.data import (
     BatchIterator,
@@ -24,6 +25,7 @@ from vmamba_jax.data import (
 )
 from vmamba_jax.models.vssm import VSSM
 from vmamba_jax.ops.selective_scan import default_implementation
+from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.registry import model_config
 from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
@@ -112,16 +114,29 @@ def train_batches(config: RunConfig, source: ImageSource) -> BatchIterator:
     )
 
 
+def preprocessing_of(config: DataConfig) -> Preprocessing:
+    """What a held-out image goes through."""
+    return Preprocessing(config.image_size, config.eval_crop)
+
+
 def held_out_batches(config: DataConfig, source: ImageSource) -> BatchIterator:
     """This process's part of one pass over the held-out images."""
     return eval_batches(
         source,
-        EvalTransform(size=config.image_size, crop=config.eval_crop),
+        EvalTransform.of(preprocessing_of(config)),
         batch_size=config.eval_batch_size // jax.process_count(),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         worker_count=config.workers,
         damaged_is_fatal=config.damaged_is_fatal,
+    )
+
+
+def about_model(config: RunConfig, model: VSSM, source: ImageSource) -> dict[str, Any]:
+    """What a run keeps beside its weights, so that each checkpoint is a model."""
+    provenance = {"run": config.run.name, "init_from": config.init_from}
+    return describe_model(
+        model.config, provenance, source.class_names, preprocessing_of(config.data)
     )
 
 
