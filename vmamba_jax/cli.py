@@ -20,8 +20,9 @@ from vmamba_jax.convert.layout import WeightChoice
 from vmamba_jax.convert.mapping import is_counter
 from vmamba_jax.convert.pretrained import RELEASES, load_pretrained
 from vmamba_jax.convert.source import Weights, read_weights, widens
+from vmamba_jax.imagenet import imagenet_classes
 from vmamba_jax.models import VSSM
-from vmamba_jax.predict import Result, as_json, draw, find_images, imagenet_classes, predict
+from vmamba_jax.predict import Result, as_json, draw, find_images, predict
 from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.registry import list_models, model_config
 

@@ -1,8 +1,6 @@
 """Classifies image files with the released evaluation protocol."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -112,13 +110,6 @@ def predict(
                 for i in map(int, np.argsort(-row, kind="stable")[:top]):
                     result.predictions.append(Prediction(i, class_names[i], float(row[i])))
             yield result
-
-
-@cache
-def imagenet_classes() -> tuple[str, ...]:
-    """Names of the 1000 ImageNet-1K classes in the order of the released heads."""
-    text = resources.files("vmamba_jax").joinpath("imagenet_classes.txt").read_text("utf-8")
-    return tuple(line.split("\t")[1] for line in text.splitlines() if not line.startswith("#"))
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

@@ -57,12 +57,11 @@ class Preprocessing:
         Raises:
             ValueError, TypeError: for values that no preprocessing has.
         """
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-            }
-        )
+        tuples: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**tuples)
 
     def replace(self, **changes: Any) -> "Preprocessing":
         """A copy with some fields changed."""

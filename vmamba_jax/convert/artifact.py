@@ -126,35 +126,38 @@ def load_model(
         raise CheckpointError(
             f"{path}: one model, and a step is chosen among the checkpoints of a run"
         )
-    held = {item for item in ("variables", "ema", "model", _SETTINGS) if (path / item).is_dir()}
-    if "variables" not in held or held.isdisjoint(("model", _SETTINGS)):
-        raise CheckpointError(
-            f"{path}: no saved model and no training run; `vmamba-jax convert` and `save_model` "
-            "write the one, train.py the other"
-        )
+    held = _items(path)
     if weights == "ema" and _SETTINGS in held and "ema" not in held:
         raise CheckpointError(f"{path}: it has no averaged (EMA) weights")
     averaged = "ema" in held and weights != "model"
     try:
-        saved = _read(path, "ema" if averaged else "variables", sorted(held - {"variables", "ema"}))
-        about = saved.get("model") or _of_an_earlier_version(saved[_SETTINGS], saved["weights"])
-        config = VMambaConfig(**about["config"])
-        preprocessing, provenance = about.get("preprocessing"), about["provenance"]
+        saved = _described(_describe(path))
+        provenance = saved.provenance
         if _SETTINGS in held:
             chosen = {"layout": "training run", "weights": describe_step(path)}
             provenance = {**provenance, **chosen, "averaged": averaged}
-        return SavedModel(
-            saved["weights"],
-            config,
-            provenance,
-            about.get("class_names"),
-            None if preprocessing is None else Preprocessing.from_json(preprocessing),
-        )
+        variables = _read(path, "ema" if averaged else "variables")
+        return saved._replace(variables=variables, provenance=provenance)
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise CheckpointError(f"{path}: incomplete or damaged ({reason})") from error
+        raise _damaged(path, error) from error
+
+
+def describe_saved(path: Path) -> SavedModel:
+    """A model, or one checkpoint of a run, without its weights: `variables` is empty.
+
+    Raises:
+        CheckpointError: not such a folder, incomplete, or damaged.
+    """
+    path = path.absolute()
+    _items(path)
+    try:
+        return _described(_describe(path))
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise _damaged(path, error) from error
 
 
 def weights_handler() -> ocp.PyTreeCheckpointHandler:
@@ -171,35 +174,63 @@ def weights_handler() -> ocp.PyTreeCheckpointHandler:
     )
 
 
-def _read(path: Path, item: str, notes: list[str]) -> dict[str, Any]:
-    """One set of weights as NumPy arrays under ``"weights"``, and JSON items under their names."""
+def _items(path: Path) -> set[str]:
+    held = {item for item in ("variables", "ema", "model", _SETTINGS) if (path / item).is_dir()}
+    if "variables" not in held or held.isdisjoint(("model", _SETTINGS)):
+        raise CheckpointError(
+            f"{path}: no saved model and no training run; `vmamba-jax convert` and `save_model` "
+            "write the one, train.py the other"
+        )
+    return held
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """What `describe_model` made, also of a run that an earlier version trained."""
+    item = "model" if (path / "model").is_dir() else _SETTINGS
     directory: Any = path / item  # its annotation asks for the path type of another library
-    # As arrays of the host, whichever devices wrote them.
-    whole = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-        weights_handler().metadata(directory).tree,
-    )
-    args = {item: ocp.args.PyTreeRestore(restore_args=whole)}
-    args |= {note: ocp.args.JsonRestore() for note in notes}
-    with ocp.Checkpointer(_handler()) as checkpointer:
-        saved = dict(checkpointer.restore(path, args=ocp.args.Composite(**args)).items())
-    return {**saved, "weights": saved[item]}
-
-
-def _of_an_earlier_version(settings: Mapping[str, Any], variables: Variables) -> dict[str, Any]:
-    """What a run's checkpoint says of its model, where only the run's settings are beside it."""
-    name, data = settings["model"]["name"], settings["data"]
+    about = dict(ocp.JsonCheckpointHandler().restore(directory))
+    if item == "model":
+        return about
+    name, data = about["model"]["name"], about["data"]
     try:
         config = model_config(name)
     except ValueError as error:
         raise CheckpointError(
-            f"it is of an earlier version, which kept no architecture beside the weights: {error}"
+            f"{path}: of an earlier version, which kept no architecture beside weights: {error}"
         ) from error
-    head = variables["params"]["head"]["bias"]
+    classes = _shapes(path / "variables")["params"]["head"]["bias"].shape[0]
     return describe_model(
-        config.replace(num_classes=len(head), imgsize=data["image_size"]),
+        config.replace(num_classes=classes, imgsize=data["image_size"]),
         preprocessing=Preprocessing(data["image_size"], data["eval_crop"]),
     )
+
+
+def _described(about: Mapping[str, Any]) -> SavedModel:
+    steps = about.get("preprocessing")
+    return SavedModel(
+        {},
+        VMambaConfig(**about["config"]),
+        about["provenance"],
+        about.get("class_names"),
+        None if steps is None else Preprocessing.from_json(steps),
+    )
+
+
+def _shapes(directory: Any) -> Any:
+    return weights_handler().metadata(directory).tree
+
+
+def _read(path: Path, item: str) -> Variables:
+    """One set of weights, as arrays of the host whichever devices wrote them."""
+    whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _shapes(path / item))
+    args = ocp.args.Composite(**{item: ocp.args.PyTreeRestore(restore_args=whole)})
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        return checkpointer.restore(path, args=args)[item]
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    return CheckpointError(f"{path}: incomplete or damaged ({reason})")
 
 
 @contextmanager
@@ -218,6 +249,6 @@ def only_news() -> Iterator[None]:
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
-    items: dict[str, Any] = {name: weights_handler() for name in ("variables", "ema")}
-    items |= {name: ocp.JsonCheckpointHandler() for name in ("model", _SETTINGS)}
-    return ocp.CompositeCheckpointHandler(**items)
+    return ocp.CompositeCheckpointHandler(
+        variables=weights_handler(), ema=weights_handler(), model=ocp.JsonCheckpointHandler()
+    )

@@ -1,5 +1,6 @@
 """The released ImageNet checkpoints: where they are, fetched once, converted once, kept."""
 
+import dataclasses
 import hashlib
 import http.client
 import os
@@ -9,6 +10,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -28,7 +30,7 @@ from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.artifact import save_model
 from vmamba_jax.convert.identity import describe_difference, differing_fields
 from vmamba_jax.convert.mapping import from_torch
-from vmamba_jax.convert.source import read_weights, sha256
+from vmamba_jax.convert.source import Weights, adapt_weights, read_weights, sha256
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.typing import Variables
 
@@ -77,11 +79,8 @@ def load_pretrained(
     """Trained weights for a model.
 
     Args:
-        source: True for the released checkpoint of `name`; or the address of a checkpoint; or a
-            path to one, or to a saved model. An address may end in ``#sha256=DIGITS`` to say
-            what its content must be.
-        config: the architecture to fill. A head of another number of classes than the source's
-            starts anew, and a position embedding of another image size is resized.
+        source: see `open_pretrained`.
+        config: the architecture to fill; see `fit_weights`.
         name: the model's name.
         seed: of a new head's weights.
 
@@ -92,34 +91,75 @@ def load_pretrained(
         CheckpointError: there is no such checkpoint, or it is damaged or of another architecture.
         OSError: it can't be read, or fetched and kept.
     """
+    return fit_weights(open_pretrained(source, name), source, config, name, seed).variables()
+
+
+def open_pretrained(
+    source: Literal[True] | str | os.PathLike[str], name: str | None = None, step: str | None = None
+) -> Weights:
+    """Trained weights as their file has them.
+
+    Args:
+        source: True for the released checkpoint of `name`, or the name of a released model; or the
+            address of a checkpoint; or a path to one, to a saved model, to a training run or one
+            of its checkpoints. An address may end in ``#sha256=DIGITS`` to say what its content
+            must be.
+        name: the model's name.
+        step: which checkpoint of a run; see `load_model`.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        OSError: it can't be read, or fetched and kept.
+    """
     if isinstance(source, bool):
         if name not in RELEASES:
             raise CheckpointError(
                 f"no checkpoint of {name!r} was released; those are: {', '.join(RELEASES)}. "
                 "pretrained also takes a path or an address"
             )
-        source = RELEASES[name].url
+        source = name
     source = os.fspath(source)
+    if source in RELEASES and not Path(source).exists():
+        source = RELEASES[source].url
     is_url = source.startswith(("http://", "https://"))
-    path = cached_model(source) if is_url else Path(source)
-    weights = read_weights(
-        path, num_classes=config.num_classes, image_size=config.imgsize, seed=seed
-    )
-    stated = {
-        field: getattr(weights.config, field) for field in weights.provenance.get("stated", [])
-    }
+    return read_weights(cached_model(source) if is_url else Path(source), step=step)
+
+
+def fit_weights(
+    weights: Weights, source: object, config: VMambaConfig, name: str, seed: int = 0
+) -> Weights:
+    """Fits weights to an architecture that was asked for.
+
+    Args:
+        weights: from `open_pretrained`.
+        source: what they were opened from, for messages.
+        config: the architecture to fill. A head of another number of classes than the weights'
+            starts anew, and a position embedding of another image size is resized.
+        name: the architecture's name, for messages.
+        seed: of a new head's weights.
+
+    Raises:
+        CheckpointError: they are of another architecture.
+    """
+    source = name if source is True else source
     try:
-        variables = from_torch(weights.state_dict, config)
+        fitted = adapt_weights(weights, config.num_classes, config.imgsize, seed)
+        from_torch(fitted.state_dict, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     except ValueError as error:
         what = describe_difference(weights.config, name, config)
         raise CheckpointError(
             f"{source} is {what}: another architecture than {name}. {error}"
         ) from error
-    # What the weights leave open and the file states is not replaced silently.
-    if differing_fields(config.replace(**stated), config):
-        what = describe_difference(config.replace(**stated), name, config)
-        raise CheckpointError(f"{source} is {what}: give create_model the file's own fields")
-    return variables
+    # What the weights leave open and the source states is not replaced silently. A model of this
+    # package states all of it.
+    stated = weights.provenance.get("stated", [field.name for field in fields(VMambaConfig)])
+    held = config.replace(**{field: getattr(weights.config, field) for field in stated})
+    if differing_fields(held, config):
+        what = describe_difference(held, name, config)
+        raise CheckpointError(f"{source} is {what}: ask for the fields that it states")
+    return dataclasses.replace(fitted, config=config)
 
 
 def cache_dir() -> Path:

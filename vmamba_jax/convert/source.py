@@ -87,21 +87,35 @@ def read_weights(
             raise CheckpointError("a step is chosen among the checkpoints of a run of vmamba_jax")
         else:
             read = _read_file(path, weights, entry, prefix)
-        config, state_dict, new_head, resized = read.config, read.state_dict, [], []
-        if num_classes is not None:
-            config = config.replace(num_classes=num_classes)
-            state_dict, new_head = replace_head(state_dict, num_classes, seed)
-        if image_size is not None and config.posembed:
-            config = config.replace(imgsize=image_size)
-            side = image_size // config.patch_size
-            state_dict, resized = resize_position_embedding(state_dict, side)
-        from_torch(state_dict, config)  # strict: every missing, unexpected or misshapen key
+        return adapt_weights(read, num_classes, image_size, seed)
     except CheckpointError as error:
         message = str(error)
         prefix = "" if message.startswith(str(path)) else f"{path}: "
         raise CheckpointError(prefix + message) from error
     except (ValueError, OverflowError) as error:  # sizes that JAX has no numbers for
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def adapt_weights(
+    read: Weights,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> Weights:
+    """Fits weights to other classes or images; arguments as of `read_weights`.
+
+    Raises:
+        ValueError: naming every key that is missing, unexpected, or of another shape.
+    """
+    config, state_dict, new_head, resized = read.config, read.state_dict, [], []
+    if num_classes is not None:
+        config = config.replace(num_classes=num_classes)
+        state_dict, new_head = replace_head(state_dict, num_classes, seed)
+    if image_size is not None and config.posembed:
+        config = config.replace(imgsize=image_size)
+        side = image_size // config.patch_size
+        state_dict, resized = resize_position_embedding(state_dict, side)
+    from_torch(state_dict, config)  # strict: every missing, unexpected or misshapen key
     preprocessing = read.preprocessing
     if preprocessing is not None and image_size is not None:
         preprocessing = preprocessing.replace(image_size=image_size)

@@ -18,14 +18,15 @@ class ModelConfig:
     """Which model is trained.
 
     Attributes:
-        name: a registered model, see `vmamba_jax.list_models`.
+        name: a registered model, see `vmamba_jax.list_models`; by default in fine-tuning the
+            architecture of what it starts from.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0.
         use_checkpoint: recompute each block in the backward pass to save memory.
         dtype: precision of the computation; parameters and optimizer stay float32.
         scan_blocks: run the blocks of a stage in a loop, which compiles much sooner.
     """
 
-    name: str = "vmamba_digits"
+    name: str | None = "vmamba_digits"
     drop_path_rate: float = 0.0
     use_checkpoint: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -81,8 +82,9 @@ class RunConfig:
         epochs: passes over the training images.
         seed: decides initial weights, order and augmentation.
         init_from: start from these weights: a PyTorch or safetensors file, a converted model's
-            folder or address, or ``released`` for what was released of the model. A head for
-            other classes starts anew.
+            folder or address, another run's folder or one of its checkpoints, the name of a
+            released model, or ``released`` for what was released of the model. A head for other
+            classes starts anew.
         save_every: updates between checkpoints; 0 saves once an epoch.
         eval_every: epochs between evaluations.
         keep: how many of the latest checkpoints are kept, beside the best one.
@@ -109,6 +111,11 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called in messages."""
+        return self.model.name or f"the model of {self.init_from or self.run}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +162,8 @@ PRESETS: dict[str, RunConfig] = {
     "finetune": RunConfig(
         run=Path("runs/finetune"),
         epochs=30.0,
-        init_from="released",
-        model=ModelConfig("vmamba_tiny_s1l8", drop_path_rate=0.1),
+        init_from="vmamba_tiny_s1l8",
+        model=ModelConfig(None, drop_path_rate=0.1),
         data=DataConfig(
             kind="image_folder",
             root=Path("data/photos"),

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 from contextlib import closing
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,9 +12,8 @@ from rich.console import Console
 
 from vmamba_jax.checkpoint import Checkpoints
 from vmamba_jax.data import ImageSource, batches_per_epoch
-from vmamba_jax.errors import CheckpointError
-from vmamba_jax.run_folder import choose_step
-from vmamba_jax.training.config import RunConfig, differences, from_json, to_json
+from vmamba_jax.run_folder import complete_steps
+from vmamba_jax.training.config import RunConfig, to_json
 from vmamba_jax.training.evaluate import Evaluation, evaluate
 from vmamba_jax.training.interrupt import StopRequest
 from vmamba_jax.training.metrics import read_rows
@@ -25,15 +23,20 @@ from vmamba_jax.training.report import Report
 from vmamba_jax.training.setup import (
     Learner,
     Sources,
-    about_model,
     build_learner,
     held_out_batches,
-    identity_of,
     open_sources,
-    starting_weights,
     train_batches,
 )
-from vmamba_jax.training.sharding import check_batch_size, make_mesh, put_batch, replicated
+from vmamba_jax.training.sharding import check_batch_size, make_mesh, put_batch
+from vmamba_jax.training.start import (
+    about_model,
+    architecture_of,
+    check_same_run,
+    fitted,
+    initial_weights,
+    say_which,
+)
 from vmamba_jax.training.state import TrainState, abstract_state, create_state, with_weights
 from vmamba_jax.training.step import EvalStep, make_eval_step
 
@@ -41,10 +44,6 @@ _PROFILED = (10, 15)
 """First and last update of a session that `profile` traces: after compilation and warm-up."""
 _DRAWN = 1024
 """Held-out images that the picture is chosen from."""
-
-
-class RunError(RuntimeError):
-    """A run that can't be resumed as asked; the message says why and what to do."""
 
 
 def train(config: RunConfig, console: Console | None = None) -> Evaluation | None:
@@ -79,7 +78,12 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
         config.optimizer, config.data.batch_size, steps_per_epoch, config.epochs
     )
     total = schedule.total_steps
-    learner = build_learner(config, num_classes=len(sources.train.class_names), mesh=mesh)
+    fresh = not complete_steps(config.run / "checkpoints")
+    weights = initial_weights(config) if fresh else None
+    architecture = architecture_of(config, weights)
+    learner = build_learner(
+        config, architecture, num_classes=len(sources.train.class_names), mesh=mesh
+    )
     eval_step = make_eval_step(learner.model, mesh)
 
     def due(step: int) -> bool:
@@ -94,14 +98,15 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
     ):
         start = checkpoints.latest_step or 0
         if start:
-            _check_same_run(config, checkpoints.config())
+            check_same_run(config, checkpoints.config(), architecture, sources.train)
             items = abstract_state(learner.init, mesh).items()
             state = TrainState.from_items(checkpoints.restore(items, data_iterator=batches))
         else:
             state = create_state(learner.init, mesh)
-            if config.init_from is not None:
-                state = with_weights(state, starting_weights(config, learner.model))
-                console.print(f"starting from {config.init_from}", soft_wrap=True)
+            if weights is not None:
+                weights = fitted(config, weights, learner.model.config)
+                state = with_weights(state, weights.variables())
+                say_which(console, "starting from", config, weights)
         _announce(console, config, learner, sources, start, total)
         if primary:
             (config.run / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
@@ -164,72 +169,13 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
         return result
 
 
-def evaluate_run(
-    config: RunConfig, console: Console | None = None, *, which: str = "latest"
-) -> Evaluation:
-    """Evaluates a run's weights, or those of `config.init_from` where there is no run.
-
-    Args:
-        config: the run.
-        console: where progress is shown; standard output by default.
-        which: ``"latest"``, ``"best"`` or the number of a checkpoint.
-
-    Raises:
-        DataError: if the images can't be used.
-        RunError: if the folder holds another run.
-        CheckpointError: if there are no such weights, or they can't be read.
-    """
-    console = console or Console()
-    mesh = make_mesh(config.mesh)
-    check_batch_size(config.data.eval_batch_size, mesh)
-    sources = open_sources(config.data)
-    learner = build_learner(config, num_classes=len(sources.train.class_names), mesh=mesh)
-    abstract = abstract_state(learner.init, mesh)
-    folder = config.run / "checkpoints"
-    with jax.set_mesh(mesh):
-        if config.init_from is not None and not folder.exists():
-            variables = jax.device_put(starting_weights(config, learner.model), replicated(mesh))
-            console.print(f"weights: {config.init_from}", soft_wrap=True)
-        elif folder.exists():
-            with Checkpoints(folder, read_only=True) as checkpoints:
-                step = choose_step(folder, which)
-                _check_same_run(config, checkpoints.config(step))
-                item = "variables" if abstract.ema is None else "ema"
-                variables = checkpoints.restore({item: abstract.items()[item]}, step=step)[item]
-            console.print(f"weights: {folder}, update {step}", soft_wrap=True)
-        else:
-            raise CheckpointError(
-                f"{folder} does not exist: train first, or name weights with --init-from"
-            )
-        eval_step = make_eval_step(learner.model, mesh)
-        with closing(held_out_batches(config.data, sources.val)) as batches:
-            result = evaluate(eval_step, variables, batches, mesh)
-    console.print(
-        f"{result.images} images: loss {result.loss:.4f}, top-1 {100 * result.accuracy:.2f}%, "
-        f"top-5 {100 * result.accuracy_top5:.2f}%",
-        soft_wrap=True,
-    )
-    return result
-
-
-def _check_same_run(config: RunConfig, saved: dict[str, Any]) -> None:
-    """Refuses to go on with a run that was something else."""
-    before = to_json(identity_of(from_json(RunConfig, saved)))
-    changed = differences(before, to_json(identity_of(config)))
-    if changed:
-        raise RunError(
-            f"{config.run} holds a run with other settings ({'; '.join(changed)}): give the same "
-            "ones to go on with it, another folder with --run to keep both, or delete it"
-        )
-
-
 def _announce(
     console: Console, config: RunConfig, learner: Learner, sources: Sources, start: int, total: int
 ) -> None:
     """Says what runs where, and from which point."""
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(learner.params))
     console.print(
-        f"{config.model.name}, {parameters:,} parameters, {config.model.dtype}; "
+        f"{config.model_name}, {parameters:,} parameters, {config.model.dtype}; "
         f"{len(sources.train)} training and {len(sources.val)} held-out images of "
         f"{len(sources.train.class_names)} classes; "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)",

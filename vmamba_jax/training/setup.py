@@ -1,16 +1,14 @@
 """From a configuration to the objects of a run: sources, batches, model, optimizer, step."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vmamba_jax.convert.artifact import describe_model
-from vmamba_jax.convert.pretrained import load_pretrained
+from vmamba_jax.config import VMambaConfig
 from vmamba_jax.data import (
     BatchIterator,
     DigitsTransform,
@@ -26,12 +24,10 @@ from vmamba_jax.data import (
 from vmamba_jax.models.vssm import VSSM
 from vmamba_jax.ops.selective_scan import default_implementation
 from vmamba_jax.preprocessing import Preprocessing
-from vmamba_jax.registry import model_config
 from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
 from vmamba_jax.training.state import TrainState, abstract_variables, make_state
 from vmamba_jax.training.step import Augment, Batch, TrainStep, make_train_step
-from vmamba_jax.typing import Variables
 
 
 class Sources(NamedTuple):
@@ -55,14 +51,26 @@ def open_sources(config: DataConfig) -> Sources:
     return sources
 
 
-def build_model(config: ModelConfig, *, num_classes: int, image_size: int, mesh: Mesh) -> VSSM:
+def build_model(
+    config: ModelConfig,
+    architecture: VMambaConfig,
+    *,
+    num_classes: int,
+    image_size: int,
+    mesh: Mesh,
+) -> VSSM:
     """The model that a run trains, scanning as suits the mesh's devices; no parameters are made."""
-    architecture = model_config(config.name).replace(
+    architecture = architecture.replace(
         num_classes=num_classes,
         imgsize=image_size,
         drop_path_rate=config.drop_path_rate,
         use_checkpoint=config.use_checkpoint,
     )
+    return on_devices(config, architecture, mesh)
+
+
+def on_devices(config: ModelConfig, architecture: VMambaConfig, mesh: Mesh) -> VSSM:
+    """A module of an architecture, computing as a run does."""
     platform = mesh.devices.flat[0].platform
     return VSSM(
         architecture,
@@ -132,27 +140,6 @@ def held_out_batches(config: DataConfig, source: ImageSource) -> BatchIterator:
     )
 
 
-def about_model(config: RunConfig, model: VSSM, source: ImageSource) -> dict[str, Any]:
-    """What a run keeps beside its weights, so that each checkpoint is a model."""
-    provenance = {"run": config.run.name, "init_from": config.init_from}
-    return describe_model(
-        model.config, provenance, source.class_names, preprocessing_of(config.data)
-    )
-
-
-def starting_weights(config: RunConfig, model: VSSM) -> Variables:
-    """The weights that `config.init_from` names, with a new head where the classes differ.
-
-    Raises:
-        CheckpointError: if there are none, or they are of another model.
-    """
-    source = config.init_from
-    assert source is not None
-    return load_pretrained(
-        True if source == "released" else source, model.config, config.model.name, config.seed
-    )
-
-
 class Learner(NamedTuple):
     """What learns, before any array is made.
 
@@ -171,11 +158,15 @@ class Learner(NamedTuple):
     params: object
 
 
-def build_learner(config: RunConfig, *, num_classes: int, mesh: Mesh) -> Learner:
+def build_learner(
+    config: RunConfig, architecture: VMambaConfig, *, num_classes: int, mesh: Mesh
+) -> Learner:
     """Builds model, optimizer and update; needs neither data nor the mesh's devices."""
     size = config.data.image_size
     image_shape = (size, size, 3)
-    model = build_model(config.model, num_classes=num_classes, image_size=size, mesh=mesh)
+    model = build_model(
+        config.model, architecture, num_classes=num_classes, image_size=size, mesh=mesh
+    )
     params = abstract_variables(model, image_shape)["params"]
     optimizer = make_optimizer(config.optimizer, model.config)
     steps, ema_decay = config.optimizer.accumulation_steps, config.optimizer.ema_decay
@@ -194,26 +185,4 @@ def build_learner(config: RunConfig, *, num_classes: int, mesh: Mesh) -> Learner
             accumulation_steps=steps,
         ),
         params=params,
-    )
-
-
-def identity_of(config: RunConfig) -> RunConfig:
-    """The part of a configuration that an interrupted run must be resumed with.
-
-    Everything else (where the data lies, how many devices and workers there are, how long the run
-    is, what is logged) may change.
-    """
-    blank = RunConfig()
-    return dataclasses.replace(
-        blank,
-        seed=config.seed,
-        model=config.model,
-        optimizer=config.optimizer,
-        data=dataclasses.replace(
-            config.data,
-            root=blank.data.root,
-            workers=blank.data.workers,
-            eval_batch_size=blank.data.eval_batch_size,
-            damaged_is_fatal=blank.data.damaged_is_fatal,
-        ),
     )

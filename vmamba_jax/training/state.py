@@ -36,8 +36,8 @@ class TrainState:
     """
 
     step: Leaf
-    variables: Variables
-    ema: Variables | None
+    variables: PyTree
+    ema: PyTree
     opt_state: PyTree
     rng: Leaf
     skipped: Leaf
