@@ -23,7 +23,7 @@ from vmamba_jax.convert.source import Weights, read_weights, widens
 from vmamba_jax.imagenet import imagenet_classes
 from vmamba_jax.models import VSSM
 from vmamba_jax.predict import Result, as_json, draw, find_images, predict
-from vmamba_jax.preprocessing import Preprocessing
+from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, for_channels
 from vmamba_jax.registry import list_models, model_config
 
 _Source = Annotated[Path, Positional, arg(metavar="SOURCE")]
@@ -66,7 +66,8 @@ def convert(
     entry: str | None = None,
     prefix: str | None = None,
     num_classes: int | None = None,
-    image_size: int | None = None,
+    image_size: tuple[int, ...] | None = None,
+    in_chans: int | None = None,
     step: str | None = None,
     to: Literal["orbax", "safetensors", "pth", "huggingface"] | None = None,
 ) -> int:
@@ -83,7 +84,10 @@ def convert(
         entry: The entry of the file that holds the model, where several do.
         prefix: What the model's names begin with, where one entry holds several models.
         num_classes: Replace the head by a new one of so many classes.
-        image_size: Resize the position embedding, if there is one, for images of this side.
+        image_size: Resize the position embedding, if there is one, for images of this height and
+            width, or of one number for both.
+        in_chans: Fit weights for RGB images to so many channels: their sum for one, repeated and
+            scaled for more.
         step: Which checkpoint of a training run: best, latest or a number; by default the best,
             or the latest where none was evaluated.
         to: The format of TARGET, where its name does not say it.
@@ -99,7 +103,14 @@ def convert(
         raise ValueError(f"{target}: exists already; choose another name or delete it")
     with _err.status(f"reading {source}"):
         read = read_weights(
-            source, weights, num_classes, image_size, entry=entry, prefix=prefix, step=step
+            source,
+            weights,
+            num_classes,
+            _size(image_size),
+            in_chans=in_chans,
+            entry=entry,
+            prefix=prefix,
+            step=step,
         )
     with _err.status(f"writing {target}"):
         match form:
@@ -185,7 +196,7 @@ def classify(
     else:
         _print_results(results)
     if save is not None:
-        draw(results, save)
+        draw(results, save, network.config.in_chans)
         _err.print(f"picture: {_escape(save)}")
     return 1 if any(result.error is not None for result in results) else 0
 
@@ -199,7 +210,7 @@ def models() -> int:
         column.justify = "right"
     for name in list_models():
         config = model_config(name)
-        parts, release = summarize(config, config.imgsize), RELEASES.get(name)
+        parts, release = summarize(config, config.input_size[0]), RELEASES.get(name)
         table.add_row(
             name,
             f"{sum(part.params for part in parts) / 1e6:.1f}",
@@ -220,7 +231,7 @@ def summary(name: _Name, *, image_size: int | None = None) -> int:
         image_size: Side of the image; by default the size the model is made for.
     """
     config = model_config(name)
-    size = image_size or config.imgsize
+    size = image_size or config.input_size[0]
     parts = summarize(config, size)
     table = Table(title=f"{name} at {size}x{size}")
     for column in ("part", "output (H, W, C)", "params", "GFLOPs"):
@@ -252,9 +263,8 @@ def _classifier(
     """The model, its weights, its classes' names and what images go through."""
     if (checkpoint is None) == (name is None):
         raise ValueError("give either --checkpoint PATH or --model NAME --pretrained")
-    side = None if size is None else size[0]
     if checkpoint is not None:
-        read = read_weights(checkpoint, image_size=side, step=step)
+        read = read_weights(checkpoint, image_size=size, step=step)
         config, variables, names = read.config, read.variables(), read.class_names
         steps = read.preprocessing
         if read.provenance.get("layout") == "training run":
@@ -265,7 +275,7 @@ def _classifier(
             raise ValueError(
                 f"--model {name} needs --pretrained: untrained weights predict nothing"
             )
-        config = model_config(name).replace(imgsize=side or model_config(name).imgsize)
+        config = model_config(name).replace(imgsize=size or model_config(name).imgsize)
         variables, names, steps = load_pretrained(True, config, name), None, None
     if config.num_classes == 0:
         raise ValueError(f"{checkpoint or name} has no classification head")
@@ -273,7 +283,9 @@ def _classifier(
         imagenet = config.num_classes == len(imagenet_classes())
         numbers = [f"class {i}" for i in range(config.num_classes)]
         names = list(imagenet_classes()) if imagenet else numbers
-    steps = steps or Preprocessing(config.imgsize)
+    if steps is None:
+        mean, std = (for_channels(v, config.in_chans) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        steps = Preprocessing(config.input_size, mean=mean, std=std)
     return VSSM(config), variables, names, steps.replace(image_size=size or steps.size)
 
 
@@ -288,7 +300,7 @@ def _report(read: Weights, target: Path, form: str) -> None:
     table = Table("tensors", "what became of them", "for example")
     table.columns[0].justify = "right"
     kept = Counter(change.action for change in read.changes)
-    for action in ("mapped", "renamed", "reshaped", "resized", "initialised"):
+    for action in ("mapped", "renamed", "reshaped", "resized", "adapted", "initialised"):
         if kept[action]:
             example = next(change for change in read.changes if change.action == action)
             text = example.source if action == "mapped" else f"{example.source} -> {example.target}"

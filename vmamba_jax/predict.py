@@ -9,12 +9,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vmamba_jax.data.augment import EvalTransform
-from vmamba_jax.data.decode import DamagedRecordError, decode_image
+from vmamba_jax.data.bands import Bands
+from vmamba_jax.data.decode import decode_image
+from vmamba_jax.data.errors import DamagedRecordError
+from vmamba_jax.data.image_folder import EXTENSIONS
 from vmamba_jax.models import VSSM
 from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.typing import Variables
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 _ROW_HEIGHT, _PICTURE_WIDTH = 224, 760
 
 
@@ -51,7 +53,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in _SUFFIXES)
+            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in EXTENSIONS)
             found.extend(p for p in inside if p.is_file())
         else:
             found.append(path)
@@ -83,7 +85,7 @@ def predict(
         One result a path, in order.
     """
     transform = EvalTransform.of(preprocessing)
-    batch_size = min(batch_size, len(paths))
+    batch_size, channels = min(batch_size, len(paths)), model.config.in_chans
 
     @jax.jit
     def probabilities(variables: Variables, images: jax.Array) -> jax.Array:
@@ -94,10 +96,10 @@ def predict(
     for start in range(0, len(paths), batch_size):
         results: list[Result] = []
         # One shape for every batch, so that the model compiles once.
-        images = np.zeros((batch_size, *preprocessing.size, 3), np.float32)
+        images = np.zeros((batch_size, *preprocessing.size, channels), np.float32)
         for i, path in enumerate(paths[start : start + batch_size]):
             try:
-                images[i] = transform(decode_image(path, str(path)))
+                images[i] = transform(decode_image(path, str(path), channels))
                 results.append(Result(path, []))
             except DamagedRecordError as error:
                 results.append(Result(path, [], error.reason))
@@ -112,12 +114,13 @@ def predict(
             yield result
 
 
-def draw(results: Sequence[Result], path: Path) -> None:
+def draw(results: Sequence[Result], path: Path, channels: int = 3) -> None:
     """Saves a picture: a row for each image with its classes as bars.
 
     Args:
         results: of `predict`; unreadable images are skipped.
         path: where to; the suffix decides the format.
+        channels: of the images.
 
     Raises:
         ValueError: for a suffix that Pillow can't write.
@@ -127,7 +130,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     font, canvas = ImageFont.load_default(size=14), ImageDraw.Draw(picture)
     for row, result in enumerate(shown):
         top = row * _ROW_HEIGHT
-        image = decode_image(result.path, str(result.path))
+        image = decode_image(result.path, str(result.path), channels)
+        image = image.preview() if isinstance(image, Bands) else image
         image.thumbnail((_ROW_HEIGHT, _ROW_HEIGHT))
         picture.paste(image, ((_ROW_HEIGHT - image.width) // 2, top))
         left, right = _ROW_HEIGHT + 16, _PICTURE_WIDTH - 70

@@ -66,3 +66,22 @@ class Preprocessing:
     def replace(self, **changes: Any) -> "Preprocessing":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """A mean or deviation of RGB images for images of other channels, as kernels are fitted.
+
+    Args:
+        values: one a channel, or those of R, G and B.
+        channels: of the images: one takes the mean of the three, more take them in turn.
+
+    Raises:
+        ValueError: another number of values than three or `channels`.
+    """
+    if len(values) == channels:
+        return values
+    if len(values) != 3:
+        raise ValueError(f"{len(values)} values of mean or std for images of {channels} channels")
+    if channels == 1:
+        return (sum(values) / 3,)
+    return tuple(values[i % 3] for i in range(channels))

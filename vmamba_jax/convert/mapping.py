@@ -50,8 +50,9 @@ class Weight(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def weight_table(config: VMambaConfig) -> tuple[Weight, ...]:
     """Every weight of a model under both names, in the order of our tree."""
-    side = config.imgsize if config.posembed else config.patch_size * 2 ** len(config.depths)
-    images = jax.ShapeDtypeStruct((1, side, side, config.in_chans), jnp.float32)
+    side = config.patch_size * 2 ** len(config.depths)
+    size = config.input_size if config.posembed else (side, side)
+    images = jax.ShapeDtypeStruct((1, *size, config.in_chans), jnp.float32)
     # The blocks of a stage are alike, and tracing all of a deep model takes seconds.
     one_each = config.replace(depths=(1,) * len(config.depths))
     tree = jax.eval_shape(VSSM(one_each).init, jax.random.key(0), images)
@@ -196,9 +197,8 @@ def infer_config(state_dict: StateDict) -> VMambaConfig:
         fields["downsample_version"] = "v3" if stages == 1 else "none"
     if "pos_embed" in state_dict:
         height, width = shape("pos_embed", 4)[2:]
-        if height != width:
-            raise ValueError(f"pos_embed is {height}x{width}; only square ones are supported")
-        fields |= {"posembed": True, "imgsize": height * fields["patch_size"]}
+        patch = fields["patch_size"]
+        fields |= {"posembed": True, "imgsize": (height * patch, width * patch)}
 
     fields["mlp_ratio"] = 0.0
     if has_mlp:

@@ -134,7 +134,8 @@ def fit_weights(
         weights: from `open_pretrained`.
         source: what they were opened from, for messages.
         config: the architecture to fill. A head of another number of classes than the weights'
-            starts anew, and a position embedding of another image size is resized.
+            starts anew, a position embedding of another image size is resized, and a first
+            convolution for RGB images is fitted to other channels.
         name: the architecture's name, for messages.
         seed: of a new head's weights.
 
@@ -143,7 +144,9 @@ def fit_weights(
     """
     source = name if source is True else source
     try:
-        fitted = adapt_weights(weights, config.num_classes, config.imgsize, seed)
+        fitted = adapt_weights(
+            weights, config.num_classes, config.input_size, config.in_chans, seed
+        )
         from_torch(fitted.state_dict, config)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
@@ -155,7 +158,9 @@ def fit_weights(
     # What the weights leave open and the source states is not replaced silently. A model of this
     # package states all of it.
     stated = weights.provenance.get("stated", [field.name for field in fields(VMambaConfig)])
-    held = config.replace(**{field: getattr(weights.config, field) for field in stated})
+    held = config.replace(
+        **{field: getattr(weights.config, field) for field in stated if field != "in_chans"}
+    )
     if differing_fields(held, config):
         what = describe_difference(held, name, config)
         raise CheckpointError(f"{source} is {what}: ask for the fields that it states")

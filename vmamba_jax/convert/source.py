@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from vmamba_jax.config import VMambaConfig
-from vmamba_jax.convert.adapt import replace_head, resize_position_embedding
+from vmamba_jax.convert.adapt import (
+    replace_head,
+    replace_input_channels,
+    resize_position_embedding,
+)
 from vmamba_jax.convert.artifact import is_run, load_model
 from vmamba_jax.convert.hugging_face import Port, is_port, load_port
 from vmamba_jax.convert.layout import WeightChoice, find_weights
@@ -17,7 +21,7 @@ from vmamba_jax.convert.mapping import from_torch, infer_config, is_counter, to_
 from vmamba_jax.convert.naming import Change, standard_names
 from vmamba_jax.convert.torch_file import SHARDS, load_torch_file
 from vmamba_jax.errors import CheckpointError
-from vmamba_jax.preprocessing import Preprocessing
+from vmamba_jax.preprocessing import Preprocessing, for_channels
 from vmamba_jax.typing import Variables
 
 _CHUNK = 1 << 20
@@ -52,9 +56,10 @@ def read_weights(
     path: str | os.PathLike[str],
     weights: WeightChoice = "auto",
     num_classes: int | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     seed: int = 0,
     *,
+    in_chans: int | None = None,
     entry: str | None = None,
     prefix: str | None = None,
     step: str | None = None,
@@ -67,8 +72,10 @@ def read_weights(
             the folder of a training run of this package or one of its checkpoints.
         weights: which ones, where a training run saved two; see `find_weights`.
         num_classes: replace the head by a new one of so many classes, unless it has them.
-        image_size: resize the position embedding for images of this side, if there is one.
+        image_size: resize the position embedding, if there is one, for images of this height and
+            width, or of one number for both.
         seed: of a new head's weights.
+        in_chans: fit weights for RGB images to so many channels; see `replace_input_channels`.
         entry: the entry of the file that holds the model, where several do; see `find_weights`.
         prefix: what the model's names begin with, where an entry holds several.
         step: which checkpoint of a run of this package; see `load_model`.
@@ -87,7 +94,7 @@ def read_weights(
             raise CheckpointError("a step is chosen among the checkpoints of a run of vmamba_jax")
         else:
             read = _read_file(path, weights, entry, prefix)
-        return adapt_weights(read, num_classes, image_size, seed)
+        return adapt_weights(read, num_classes, image_size, in_chans, seed)
     except CheckpointError as error:
         message = str(error)
         prefix = "" if message.startswith(str(path)) else f"{path}: "
@@ -99,7 +106,8 @@ def read_weights(
 def adapt_weights(
     read: Weights,
     num_classes: int | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    in_chans: int | None = None,
     seed: int = 0,
 ) -> Weights:
     """Fits weights to other classes or images; arguments as of `read_weights`.
@@ -107,26 +115,33 @@ def adapt_weights(
     Raises:
         ValueError: naming every key that is missing, unexpected, or of another shape.
     """
-    config, state_dict, new_head, resized = read.config, read.state_dict, [], []
+    config, state_dict, preprocessing = read.config, read.state_dict, read.preprocessing
+    new_head, resized, channels = [], [], []
     if num_classes is not None:
         config = config.replace(num_classes=num_classes)
         state_dict, new_head = replace_head(state_dict, num_classes, seed)
+    if in_chans is not None:
+        config = config.replace(in_chans=in_chans)
+        state_dict, channels = replace_input_channels(state_dict, in_chans)
     if image_size is not None and config.posembed:
         config = config.replace(imgsize=image_size)
-        side = image_size // config.patch_size
-        state_dict, resized = resize_position_embedding(state_dict, side)
+        patches = config.feature_size(*config.input_size, stage=0)
+        state_dict, resized = resize_position_embedding(state_dict, *patches)
     from_torch(state_dict, config)  # strict: every missing, unexpected or misshapen key
-    preprocessing = read.preprocessing
     if preprocessing is not None and image_size is not None:
         preprocessing = preprocessing.replace(image_size=image_size)
-    changed = {change.target or change.source for change in new_head + resized}
+    if preprocessing is not None and channels and in_chans is not None:
+        mean, std = (for_channels(v, in_chans) for v in (preprocessing.mean, preprocessing.std))
+        preprocessing = preprocessing.replace(mean=mean, std=std)
+    made = [*channels, *resized, *new_head]
+    changed = {change.target or change.source for change in made}
     changes = [change for change in read.changes if change.target not in changed]
     return dataclasses.replace(
         read,
         state_dict=state_dict,
         config=config,
         provenance={**read.provenance, **_beside_float32(state_dict)},
-        changes=changes + new_head + resized,
+        changes=changes + made,
         class_names=None if new_head else read.class_names,
         preprocessing=preprocessing,
     )

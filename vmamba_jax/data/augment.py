@@ -2,7 +2,7 @@
 
 The released recipe: random resized crop, flip, RandAugment (:mod:`vmamba_jax.data.randaugment`),
 normalisation, random erasing; in evaluation a resize to 256/224 of the size and a centre crop.
-A transform turns an RGB image into float32 ``(H, W, 3)``, already normalised. All randomness comes
+A transform turns an image into float32 ``(H, W, C)``, already normalised. All randomness comes
 from the generator it is given, so a sample depends on nothing but the generator's seed.
 """
 
@@ -14,18 +14,20 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
+from vmamba_jax.data.bands import Bands, Picture
+from vmamba_jax.data.errors import DataError
 from vmamba_jax.data.randaugment import RandAugment
 from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
-Pixels = Float32[np.ndarray, "H W 3"]
+Pixels = Float32[np.ndarray, "H W C"]
 
 
 @runtime_checkable
 class Transform(Protocol):
     """Makes an image ready for the batch; evaluation transforms leave the generator alone."""
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
-        """RGB image to float32 ``(H, W, 3)``."""
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels:
+        """Image to float32 ``(H, W, C)``."""
         ...
 
 
@@ -53,12 +55,16 @@ class TrainTransform:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels:
         """Crops, flips, augments, normalises and erases."""
         image = random_resized_crop(image, self.size, self.scale, self.ratio, rng)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.rand_augment is not None:
+            if isinstance(image, Bands):
+                raise DataError(
+                    "RandAugment works on RGB images of 8 bits: choose data.augmentation light."
+                )
             image = self.rand_augment(image, rng)
         return random_erasing(normalize(image, self.mean, self.std), self.erasing, rng)
 
@@ -80,7 +86,7 @@ class EvalTransform:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Pixels:
+    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Pixels:
         """Resizes to cover ``size / crop``, crops the centre and normalises."""
         height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
         image = resize_to_cover(image, int(height / self.crop), int(width / self.crop))
@@ -110,7 +116,7 @@ class DigitsTransform:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels:
         """Moves, turns and scales the image about its centre; black where nothing is left."""
         width, height = image.size
         dx, dy, turn, grow = rng.uniform(-1, 1, 4)
@@ -127,12 +133,12 @@ class DigitsTransform:
 
 
 def random_resized_crop(
-    image: Image.Image,
+    image: Picture,
     size: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
-) -> Image.Image:
+) -> Picture:
     """Cuts out a random rectangle and resizes it, bicubic, to ``size`` x ``size``.
 
     The area is uniform in ``scale`` and the aspect ratio log-uniform in ``ratio``; when ten draws
@@ -183,7 +189,7 @@ def random_erasing(
     draws do not fit, nothing is erased.
 
     Args:
-      pixels: ``(H, W, 3)`` float32, normalised; changed in place.
+      pixels: ``(H, W, C)`` float32, normalised; changed in place.
       probability: of erasing at all.
       rng: where the randomness comes from.
       area: least and greatest share of the image that is erased.
@@ -210,7 +216,7 @@ def random_erasing(
     return pixels
 
 
-def resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
+def resize_to_cover(image: Picture, height: int, width: int) -> Picture:
     """Resizes, bicubic, keeping the shape, to the smallest image that covers a size.
 
     For a square that brings the shorter side to its length.
@@ -223,19 +229,27 @@ def resize_to_cover(image: Image.Image, height: int, width: int) -> Image.Image:
     return image if target == image.size else image.resize(target, Image.Resampling.BICUBIC)
 
 
-def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+def center_crop(image: Picture, height: int, width: int) -> Picture:
     """Cuts out the centre of an image at least that large."""
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def normalize(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> Pixels:
-    """RGB bytes to ``(H, W, 3)`` float32, ``(pixel / 255 - mean) / std``."""
-    scale = 1 / (255 * np.array(std, np.float32))
+def normalize(image: Picture, mean: tuple[float, ...], std: tuple[float, ...]) -> Pixels:
+    """To ``(H, W, C)`` float32, ``(value - mean) / std``, where bytes run from 0 to 1.
+
+    Raises:
+      ValueError: the image has not as many channels as ``mean`` has values.
+    """
+    white = 255 if isinstance(image, Image.Image) else 1
+    scale = 1 / (white * np.array(std, np.float32))
     shift = np.array(mean, np.float32) / np.array(std, np.float32)
     # Whole rows at a time: three channels are too short an inner loop for NumPy, ten times slower.
     width, height = image.size
-    pixels = np.asarray(image).reshape(height, width * 3).astype(np.float32)
+    pixels = np.asarray(image)
+    if pixels.size != height * width * len(mean):
+        raise ValueError(f"an image of shape {pixels.shape} and {len(mean)} values of mean and std")
+    pixels = pixels.reshape(height, width * len(mean)).astype(np.float32)
     pixels *= np.tile(scale, width)
     pixels -= np.tile(shift, width)
-    return pixels.reshape(height, width, 3)
+    return pixels.reshape(height, width, len(mean))

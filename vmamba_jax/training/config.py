@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vmamba_jax._closest import closest
+from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from vmamba_jax.training.optimizer import OptimizerConfig
 from vmamba_jax.training.sharding import MeshConfig
 
@@ -42,6 +43,10 @@ class DataConfig:
         root: where they are stored; not used by ``digits``.
         train_split: name of the split to train on.
         val_split: name of the held-out split.
+        channels: of the images: 3 for RGB, 1 for grey, others for ``.npy`` and TIFF files.
+        mean: subtracted from each channel, whose values run from 0 to 1 (floating-point files: as
+            they are); three values serve for any number of channels.
+        std: what each channel is then divided by.
         image_size: height and width that images are brought to, in pixels.
         batch_size: images per update, over all devices and accumulation steps.
         eval_batch_size: images per evaluation batch, over all devices.
@@ -60,6 +65,9 @@ class DataConfig:
     root: Path = Path("data")
     train_split: str = "train"
     val_split: str = "val"
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     image_size: int = 32
     batch_size: int = 48
     eval_batch_size: int = 120

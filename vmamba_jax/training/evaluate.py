@@ -101,7 +101,9 @@ def evaluate_run(config: EvalConfig, console: Console | None = None) -> Evaluati
     console = console or Console()
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.eval_batch_size, mesh)
-    source = open_source(config.data.kind, config.data.root, config.data.val_split)
+    source = open_source(
+        config.data.kind, config.data.root, config.data.val_split, config.data.channels
+    )
     if config.init_from is None:
         if not complete_steps(config.run / "checkpoints"):
             raise CheckpointError(
@@ -120,7 +122,9 @@ def evaluate_run(config: EvalConfig, console: Console | None = None) -> Evaluati
         config,
         weights,
         architecture.replace(
-            num_classes=weights.config.num_classes, imgsize=config.data.image_size
+            num_classes=weights.config.num_classes,
+            imgsize=config.data.image_size,
+            in_chans=config.data.channels,
         ),
     )
     model = on_devices(config.model, weights.config, mesh)

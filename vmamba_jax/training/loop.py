@@ -26,6 +26,7 @@ from vmamba_jax.training.setup import (
     build_learner,
     held_out_batches,
     open_sources,
+    preprocessing_of,
     train_batches,
 )
 from vmamba_jax.training.sharding import check_batch_size, make_mesh, put_batch
@@ -228,6 +229,7 @@ def _draw(
             labels[mistakes_first],
             predictions[mistakes_first],
             source.class_names,
+            preprocessing_of(config.data),
         )
     except ImportError:
         console.print("no picture: matplotlib is missing (pip install 'vmamba-jax[demo]')")

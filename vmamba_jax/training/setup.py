@@ -1,7 +1,7 @@
 """From a configuration to the objects of a run: sources, batches, model, optimizer, step."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from vmamba_jax.data import (
 )
 from vmamba_jax.models.vssm import VSSM
 from vmamba_jax.ops.selective_scan import default_implementation
-from vmamba_jax.preprocessing import Preprocessing
+from vmamba_jax.preprocessing import Preprocessing, for_channels
 from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
 from vmamba_jax.training.state import TrainState, abstract_variables, make_state
@@ -44,29 +44,25 @@ def open_sources(config: DataConfig) -> Sources:
         DataError: if the data can't be used.
     """
     sources = Sources(
-        open_source(config.kind, config.root, config.train_split),
-        open_source(config.kind, config.root, config.val_split),
+        open_source(config.kind, config.root, config.train_split, config.channels),
+        open_source(config.kind, config.root, config.val_split, config.channels),
     )
     check_same_classes(*sources)
     return sources
 
 
 def build_model(
-    config: ModelConfig,
-    architecture: VMambaConfig,
-    *,
-    num_classes: int,
-    image_size: int,
-    mesh: Mesh,
+    config: RunConfig, architecture: VMambaConfig, *, num_classes: int, mesh: Mesh
 ) -> VSSM:
     """The model that a run trains, scanning as suits the mesh's devices; no parameters are made."""
     architecture = architecture.replace(
         num_classes=num_classes,
-        imgsize=image_size,
-        drop_path_rate=config.drop_path_rate,
-        use_checkpoint=config.use_checkpoint,
+        imgsize=config.data.image_size,
+        in_chans=config.data.channels,
+        drop_path_rate=config.model.drop_path_rate,
+        use_checkpoint=config.model.use_checkpoint,
     )
-    return on_devices(config, architecture, mesh)
+    return on_devices(config.model, architecture, mesh)
 
 
 def on_devices(config: ModelConfig, architecture: VMambaConfig, mesh: Mesh) -> VSSM:
@@ -103,12 +99,14 @@ def build_augment(config: DataConfig, num_classes: int, accumulation_steps: int 
 def train_batches(config: RunConfig, source: ImageSource) -> BatchIterator:
     """This process's part of the endless training batches."""
     data = config.data
+    steps = preprocessing_of(data)
+    values: Any = {"mean": steps.mean, "std": steps.std}
     transform = {
-        "released": TrainTransform(size=data.image_size),
+        "released": TrainTransform(size=data.image_size, **values),
         "light": TrainTransform(
-            size=data.image_size, scale=(0.5, 1.0), rand_augment=None, erasing=0.0
+            size=data.image_size, scale=(0.5, 1.0), rand_augment=None, erasing=0.0, **values
         ),
-        "digits": DigitsTransform(),
+        "digits": DigitsTransform(**values),
     }[data.augmentation]
     return train_iterator(
         source,
@@ -124,7 +122,8 @@ def train_batches(config: RunConfig, source: ImageSource) -> BatchIterator:
 
 def preprocessing_of(config: DataConfig) -> Preprocessing:
     """What a held-out image goes through."""
-    return Preprocessing(config.image_size, config.eval_crop)
+    mean, std = (for_channels(values, config.channels) for values in (config.mean, config.std))
+    return Preprocessing(config.image_size, config.eval_crop, mean, std)
 
 
 def held_out_batches(config: DataConfig, source: ImageSource) -> BatchIterator:
@@ -163,10 +162,8 @@ def build_learner(
 ) -> Learner:
     """Builds model, optimizer and update; needs neither data nor the mesh's devices."""
     size = config.data.image_size
-    image_shape = (size, size, 3)
-    model = build_model(
-        config.model, architecture, num_classes=num_classes, image_size=size, mesh=mesh
-    )
+    image_shape = (size, size, config.data.channels)
+    model = build_model(config, architecture, num_classes=num_classes, mesh=mesh)
     params = abstract_variables(model, image_shape)["params"]
     optimizer = make_optimizer(config.optimizer, model.config)
     steps, ema_decay = config.optimizer.accumulation_steps, config.optimizer.ema_decay

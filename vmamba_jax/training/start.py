@@ -137,6 +137,7 @@ def check_same_run(
     changed += [
         f"{field}: {getattr(latest.config, field)} -> {getattr(architecture, field)}"
         for field in differing_fields(latest.config, architecture)
+        if field != "in_chans"  # the images' own
     ]
     if latest.class_names not in (None, list(source.class_names)):
         changed.append(f"classes: {_few(latest.class_names)} -> {_few(source.class_names)}")

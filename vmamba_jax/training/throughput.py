@@ -51,16 +51,13 @@ def measure_throughput(
     mesh = make_mesh(config.mesh)
     check_batch_size(config.images, mesh)
     size = config.data.image_size
-    model = build_model(
-        config.model,
-        architecture_of(config),
-        num_classes=config.num_classes,
-        image_size=size,
-        mesh=mesh,
-    )
+    architecture = architecture_of(config)
+    model = build_model(config, architecture, num_classes=config.num_classes, mesh=mesh)
 
     def noise() -> jax.Array:
-        return jax.random.normal(jax.random.key(0), (config.images, size, size, 3))
+        return jax.random.normal(
+            jax.random.key(0), (config.images, size, size, config.data.channels)
+        )
 
     def loss(params: Any, others: Any, images: jax.Array) -> jax.Array:
         logits: Any
