@@ -26,7 +26,7 @@ from vmamba_jax.convert.export import save_safetensors
 from vmamba_jax.convert.layout import find_weights
 from vmamba_jax.convert.mapping import weight_table
 from vmamba_jax.convert.naming import standard_names
-from vmamba_jax.convert.pretrained import RELEASES
+from vmamba_jax.convert.releases import RELEASES
 
 DATA = Path(__file__).parent / "data"
 FIXTURES = DATA / "fixtures"

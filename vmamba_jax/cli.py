@@ -18,7 +18,8 @@ from vmamba_jax.convert.export import save_safetensors, save_torch
 from vmamba_jax.convert.hugging_face import one_rank_note, save_port
 from vmamba_jax.convert.layout import WeightChoice
 from vmamba_jax.convert.mapping import is_counter
-from vmamba_jax.convert.pretrained import RELEASES, load_pretrained
+from vmamba_jax.convert.pretrained import load_pretrained
+from vmamba_jax.convert.releases import RELEASES
 from vmamba_jax.convert.source import Weights, read_weights, widens
 from vmamba_jax.imagenet import imagenet_classes
 from vmamba_jax.models import VSSM

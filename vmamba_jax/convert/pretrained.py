@@ -1,4 +1,4 @@
-"""The released ImageNet checkpoints: where they are, fetched once, converted once, kept."""
+"""Trained weights from anywhere: fetched once, converted once, kept, and fitted to what is asked."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,7 @@ import urllib.parse
 import urllib.request
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from filelock import FileLock
 from rich.console import Console
@@ -30,6 +30,7 @@ from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.artifact import save_model
 from vmamba_jax.convert.identity import describe_difference, differing_fields
 from vmamba_jax.convert.mapping import from_torch
+from vmamba_jax.convert.releases import RELEASES, pinned_sha256
 from vmamba_jax.convert.source import Weights, adapt_weights, read_weights, sha256
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.typing import Variables
@@ -38,39 +39,6 @@ _ATTEMPTS = 5
 _TIMEOUT = 30.0  # seconds without a byte
 _PAUSE = 1.0  # seconds before the second attempt, doubled each time
 _CHUNK = 1 << 20
-
-
-class Release(NamedTuple):
-    """A checkpoint of the VMamba authors, trained on ImageNet-1K at 224 x 224.
-
-    Attributes:
-        tag: of the GitHub release.
-        file: its name there.
-        top1: ImageNet top-1 accuracy as published, in per cent.
-    """
-
-    tag: str
-    file: str
-    top1: float
-
-    @property
-    def url(self) -> str:
-        """Where it is."""
-        tag = urllib.parse.quote(self.tag)
-        return f"https://github.com/MzeroMiko/VMamba/releases/download/{tag}/{self.file}"
-
-
-RELEASES = {
-    "vanilla_vmamba_tiny": Release("#v0cls", "vssmtiny_dp01_ckpt_epoch_292.pth", 82.2),
-    "vanilla_vmamba_small": Release("#v0cls", "vssmsmall_dp03_ckpt_epoch_238.pth", 83.5),
-    "vanilla_vmamba_base": Release("#v0cls", "vssmbase_dp06_ckpt_epoch_241.pth", 83.7),
-    "vmamba_tiny_s2l5": Release("#v2cls", "vssm_tiny_0230_ckpt_epoch_262.pth", 82.5),
-    "vmamba_small_s2l15": Release("#v2cls", "vssm_small_0229_ckpt_epoch_222.pth", 83.6),
-    "vmamba_base_s2l15": Release("#v2cls", "vssm_base_0229_ckpt_epoch_237.pth", 83.9),
-    "vmamba_tiny_s1l8": Release("#v2cls", "vssm1_tiny_0230s_ckpt_epoch_264.pth", 82.6),
-    "vmamba_small_s1l20": Release("#v2cls", "vssm1_small_0229s_ckpt_epoch_240.pth", 83.3),
-    "vmamba_base_s1l20": Release("#v2cls", "vssm1_base_0229s_ckpt_epoch_225.pth", 83.8),
-}
 
 
 def load_pretrained(
@@ -195,6 +163,7 @@ def cached_model(url: str) -> Path:
     stated = fragment.removeprefix("sha256=").lower() if fragment else None
     if stated is not None and not re.fullmatch(r"[0-9a-f]{64}", stated):
         raise CheckpointError(f"{url}: what follows # must be sha256= and 64 hexadecimal digits")
+    stated = stated or pinned_sha256(address)
     # Two addresses may end in one file name.
     label = hashlib.sha256(address.encode()).hexdigest()[:8]
     file_name = urllib.parse.unquote(address.rsplit("/", 1)[-1]) or "checkpoint"
@@ -226,9 +195,13 @@ def cached_model(url: str) -> Path:
         except CheckpointError as error:
             file.unlink()
             raise CheckpointError(f"{address}: {error} (deleted from the cache)") from error
+        if stated is None:
+            console = Console(stderr=True)
+            console.print(f"{address}: first seen, not pinned: SHA-256 {found}", soft_wrap=True)
         record.write_text(found + "\n")
         shutil.rmtree(model, ignore_errors=True)
-        provenance = {**weights.provenance, "url": address}
+        trust = "first seen, not pinned" if stated is None else "as stated"
+        provenance = {**weights.provenance, "url": address, "sha256_is": trust}
         save_model(model, weights.variables(), weights.config, provenance, weights.class_names)
         return model
 

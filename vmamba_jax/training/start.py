@@ -9,7 +9,8 @@ from rich.console import Console
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.artifact import describe_model, describe_saved
 from vmamba_jax.convert.identity import differing_fields
-from vmamba_jax.convert.pretrained import RELEASES, fit_weights, open_pretrained
+from vmamba_jax.convert.pretrained import fit_weights, open_pretrained
+from vmamba_jax.convert.releases import RELEASES
 from vmamba_jax.convert.source import Weights
 from vmamba_jax.data import ImageSource
 from vmamba_jax.errors import CheckpointError
