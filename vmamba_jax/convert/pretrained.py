@@ -1,4 +1,4 @@
-"""Trained weights from anywhere: fetched once, converted once, kept, and fitted to what is asked."""
+"""Trained weights from anywhere: fetched once, converted once, kept, fitted to what is asked."""
 
 import dataclasses
 import hashlib
