@@ -9,17 +9,24 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tiny import CONFIG, SHAPE
 
 from vmamba_jax.checkpoint import Checkpoints
+from vmamba_jax.convert import load_model
+from vmamba_jax.convert.artifact import describe_model
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.models import VSSM
+from vmamba_jax.preprocessing import Preprocessing
+from vmamba_jax.registry import register_model
 from vmamba_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vmamba_jax.training.sharding import MeshConfig, make_mesh
 from vmamba_jax.training.state import TrainState, abstract_state, create_state, make_state
 
 _OPTIMIZER = make_optimizer(OptimizerConfig(), CONFIG)
+_STEPS = Preprocessing((24, 40), 0.9, (0.5,), (0.25,))
+_ABOUT = describe_model(CONFIG, {"init_from": "elsewhere"}, ["a", "b"], _STEPS)
 _INIT = make_state(VSSM(CONFIG), _OPTIMIZER, image_shape=SHAPE, seed=3, ema=True)
 
 
@@ -46,8 +53,10 @@ def _at(state: TrainState, step: int) -> TrainState:
     return dataclasses.replace(state, step=jax.device_put(np.int32(step), state.step.sharding))
 
 
-def _save(checkpoints: Checkpoints, state: TrainState, step: int, **others: Any) -> None:
-    checkpoints.save(_at(state, step), data_iterator=_Position(step), config={}, **others)
+def _save(checkpoints: Checkpoints, state: TrainState, step: int) -> None:
+    checkpoints.save(
+        step, _at(state, step).items(), model=_ABOUT, data_iterator=_Position(step), config={}
+    )
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 4), (1, 1)])
@@ -59,7 +68,8 @@ def test_a_state_saved_on_eight_devices_is_restored_on_fewer(
     with Checkpoints(tmp_path) as checkpoints:
         _save(checkpoints, state, 7)
         checkpoints.wait()
-        restored = checkpoints.restore(abstract_state(_INIT, mesh), data_iterator=position)
+        items = abstract_state(_INIT, mesh).items()
+        restored = TrainState.from_items(checkpoints.restore(items, data_iterator=position))
     assert position.state == {"next_batch": 7}
     expected = jax.tree.leaves(_at(state, 7))
     for ours, theirs in zip(jax.tree.leaves(restored), expected, strict=True):
@@ -72,11 +82,19 @@ def test_a_state_saved_on_eight_devices_is_restored_on_fewer(
 def test_the_latest_and_the_best_are_kept(state: TrainState, tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, 0.6)):
-            _save(checkpoints, state, step, accuracy=accuracy)
-        checkpoints.wait()
+            _save(checkpoints, state, step)
+            if accuracy is not None:
+                checkpoints.record(step, {"accuracy": accuracy})
         assert checkpoints.best_step == 2
         assert checkpoints.latest_step == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5"]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:  # it is on disk which one is the best
+        _save(checkpoints, state, 6)
+        checkpoints.wait()
+        assert checkpoints.best_step == 2
+        checkpoints.record(6, {"accuracy": 0.95})
+        _save(checkpoints, state, 7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "7"]
 
 
 def test_a_save_that_was_cut_short_is_cleared_away(state: TrainState, tmp_path: Path) -> None:
@@ -120,7 +138,8 @@ def test_a_full_disk_costs_no_earlier_checkpoint(state: TrainState, tmp_path: Pa
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest_step == 1
         mesh = make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-        assert int(checkpoints.restore(abstract_state(_INIT, mesh)).step) == 1
+        items = abstract_state(_INIT, mesh).items()
+        assert int(checkpoints.restore(items)["training"]["step"]) == 1
         _save(checkpoints, state, 2)  # there is room again
         checkpoints.wait()
         assert checkpoints.latest_step == 2
@@ -137,7 +156,7 @@ def test_a_checkpoint_of_another_model_is_refused(state: TrainState, tmp_path: P
             CheckpointError,
             match=r"another model.*params/head/kernel is \(32, 10\) there and \(16, 10\) here",
         ):
-            checkpoints.restore(abstract_state(init, make_mesh(MeshConfig())))
+            checkpoints.restore(abstract_state(init, make_mesh(MeshConfig())).items())
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
@@ -146,3 +165,71 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match="no complete checkpoint of step 9"),
     ):
         checkpoints.config(step=9)
+
+
+def _equal(one: Any, other: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b)), one, other)
+
+
+def test_every_checkpoint_of_a_run_is_a_model(state: TrainState, tmp_path: Path) -> None:
+    later = dataclasses.replace(state, ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        _save(checkpoints, state, 1)
+        checkpoints.record(1, {"accuracy": 0.5})
+        _save(checkpoints, later, 2)
+    saved = load_model(tmp_path / "run")
+    assert saved.config == CONFIG
+    assert saved.class_names == ["a", "b"]
+    assert saved.preprocessing == _STEPS
+    assert saved.provenance == {
+        "init_from": "elsewhere",
+        "layout": "training run",
+        "weights": "update 1, the best, accuracy 50.0 %",
+        "averaged": True,
+    }
+    _equal(saved.variables, state.ema)
+    for path, step in (("run", "latest"), ("run", "2"), ("run/checkpoints", "2")):
+        _equal(load_model(tmp_path / path, step=step).variables, later.ema)
+    one = tmp_path / "run" / "checkpoints" / "2"
+    _equal(load_model(one).variables, later.ema)
+    _equal(load_model(one, weights="model").variables, later.variables)
+    for step, message in (("3", "of step 3"), ("last", "best, latest or a number")):
+        with pytest.raises(CheckpointError, match=message):
+            load_model(tmp_path / "run", step=step)
+    with pytest.raises(CheckpointError, match="chosen among the checkpoints of a run"):
+        load_model(one, step="2")
+
+
+def test_checkpoints_of_an_earlier_version_are_models_too(
+    state: TrainState, tmp_path: Path
+) -> None:
+    register_model("tiny of an earlier version", CONFIG.replace(num_classes=1000))
+    settings: dict[str, Any] = {
+        "model": {"name": "tiny of an earlier version"},
+        "data": {"image_size": 32, "eval_crop": 0.75},
+    }
+
+    def save(folder: Path) -> None:
+        options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["accuracy"])
+        with ocp.CheckpointManager(folder, options=options) as manager:
+            items = {name: ocp.args.StandardSave(tree) for name, tree in state.items().items()} | {
+                "meta": ocp.args.JsonSave(settings),
+                "data": ocp.args.JsonSave({"next_batch": 7}),
+            }
+            manager.save(7, args=ocp.args.Composite(**items), metrics={"accuracy": 0.25})
+
+    save(tmp_path / "checkpoints")
+    saved = load_model(tmp_path)
+    assert saved.config == CONFIG.replace(imgsize=32)  # ten classes, as the head has
+    assert saved.preprocessing == Preprocessing(32, 0.75)
+    assert saved.class_names is None
+    assert saved.provenance["weights"] == "update 7, the best, the latest, accuracy 25.0 %"
+    _equal(saved.variables, state.ema)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.best_step == 7
+        items = abstract_state(_INIT, make_mesh(MeshConfig(4, 2))).items()
+        _equal(checkpoints.restore(items)["ema"], state.ema)
+    settings["model"]["name"] = "nonesuch"
+    save(tmp_path / "other" / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"earlier version.*unknown model 'nonesuch'"):
+        load_model(tmp_path / "other")

@@ -17,7 +17,7 @@ from PIL import Image
 from vmamba_jax import VSSM, cli, list_models
 from vmamba_jax.convert import load_model, load_torch_file, read_weights
 from vmamba_jax.data.augment import EvalTransform
-from vmamba_jax.predict import imagenet_classes
+from vmamba_jax.imagenet import imagenet_classes
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"

@@ -26,7 +26,7 @@ from vmamba_jax.convert.export import save_safetensors
 from vmamba_jax.convert.layout import find_weights
 from vmamba_jax.convert.mapping import weight_table
 from vmamba_jax.convert.naming import standard_names
-from vmamba_jax.convert.pretrained import RELEASES
+from vmamba_jax.convert.releases import RELEASES
 
 DATA = Path(__file__).parent / "data"
 FIXTURES = DATA / "fixtures"
@@ -248,7 +248,7 @@ def test_a_position_embedding_resizes_as_pytorch_does():
         for i in range(len(arrays.files) // 2):
             expected = arrays[f"out{i}"]
             resized, _ = resize_position_embedding(
-                {"pos_embed": arrays[f"in{i}"]}, expected.shape[-1]
+                {"pos_embed": arrays[f"in{i}"]}, *expected.shape[2:]
             )
             np.testing.assert_allclose(resized["pos_embed"], expected, rtol=0, atol=5e-6)
 
@@ -259,13 +259,48 @@ def test_a_checkpoint_with_position_embedding_takes_another_image_size(tmp_path)
     )
     shapes = {weight.key: weight.shape for weight in weight_table(config)}
     torch_writer.save(tmp_path / "a.pth", recipe.state_dict(shapes, 7))
-    weights = read_weights(tmp_path / "a.pth", image_size=48)
-    assert weights.config.imgsize == 48
-    images = jnp.zeros((1, 48, 48, 3))
-    out = jax.eval_shape(VSSM(weights.config).apply, weights.variables(), images)
-    assert out.shape == (1, 2)
-    assert [c.why for c in weights.changes if c.action == "resized"] == ["8x8 to 12x12 patches"]
+    for size, patches in ((48, "12x12"), ((48, 64), "12x16")):
+        weights = read_weights(tmp_path / "a.pth", image_size=size)
+        assert weights.config.imgsize == size
+        images = jnp.zeros((1, *weights.config.input_size, 3))
+        out = jax.eval_shape(VSSM(weights.config).apply, weights.variables(), images)
+        assert out.shape == (1, 2)
+        why = [c.why for c in weights.changes if c.action == "resized"]
+        assert why == [f"8x8 to {patches} patches"]
+    # One that is not square is read as such.
+    torch_writer.save(tmp_path / "b.pth", weights.state_dict)
+    assert read_weights(tmp_path / "b.pth").config.imgsize == (48, 64)
+    with pytest.raises(ValueError, match="one side or a height and a width"):
+        config.replace(imgsize=(32, 32, 48))
 
 
 def test_every_release_is_a_registered_model():
     assert set(RELEASES) <= set(list_models())
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6])
+def test_rgb_weights_fit_other_channels(channels):
+    read = read_weights(FIXTURES / "cls_released_v2.pth")
+    fitted = read_weights(FIXTURES / "cls_released_v2.pth", in_chans=channels)
+    assert fitted.config.in_chans == channels
+    key = "patch_embed.0.weight"
+    rgb, kernel = read.state_dict[key], fitted.state_dict[key]
+    assert kernel.shape == (rgb.shape[0], channels, *rgb.shape[2:])
+    expected = {
+        1: rgb.sum(axis=1, keepdims=True),
+        2: rgb[:, [0, 1]] * 3 / 2,
+        4: rgb[:, [0, 1, 2, 0]] * 3 / 4,
+        6: rgb[:, [0, 1, 2, 0, 1, 2]] / 2,
+    }[channels]
+    np.testing.assert_allclose(kernel, expected, rtol=1e-6)
+    (change,) = (change for change in fitted.changes if change.action == "adapted")
+    assert f"for {channels} channel" in change.why
+    for name in fitted.state_dict.keys() - {key}:
+        np.testing.assert_array_equal(fitted.state_dict[name], read.state_dict[name])
+
+
+def test_weights_for_other_channels_than_rgb_fit_no_further(tmp_path):
+    read = read_weights(FIXTURES / "cls_released_v2.pth", in_chans=4)
+    save_model(tmp_path / "four", read.variables(), read.config)
+    with pytest.raises(CheckpointError, match="images of 4 channels: only weights for RGB"):
+        read_weights(tmp_path / "four", in_chans=2)

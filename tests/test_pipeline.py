@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from vmamba_jax.data import DataError, DigitsTransform, batches_per_epoch, open_source
-from vmamba_jax.data.decode import DamagedRecordError, Sample
+from vmamba_jax.data.bands import Picture
+from vmamba_jax.data.decode import Sample
+from vmamba_jax.data.errors import DamagedRecordError
 from vmamba_jax.data.pipeline import eval_batches, train_iterator
 
 
@@ -33,7 +35,7 @@ class Numbers:
         return {"image": Image.new("RGB", (1, 1), (index % 256, 0, 0)), "label": index}
 
 
-def noisy(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+def noisy(image: Picture, rng: np.random.Generator) -> np.ndarray:
     """A transform whose result shows the generator's state."""
     return (np.asarray(image) + rng.random((1, 1, 3))).astype(np.float32)
 

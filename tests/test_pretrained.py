@@ -15,7 +15,14 @@ import pytest
 import torch_writer
 
 from vmamba_jax import VMambaConfig, create_model, model_config, register_model
-from vmamba_jax.convert import CheckpointError, Weights, load_model, pretrained, read_weights
+from vmamba_jax.convert import (
+    CheckpointError,
+    Weights,
+    load_model,
+    pretrained,
+    read_weights,
+    releases,
+)
 from vmamba_jax.convert.mapping import weight_table
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +179,7 @@ def test_another_spelling_of_the_same_operator_is_no_difference(tmp_path, value)
 def test_pretrained_by_name_fetches_the_release(server, monkeypatch):
     asked = []
     monkeypatch.setattr(pretrained, "cached_model", lambda url: asked.append(url) or FILE)
-    release = pretrained.Release("#v2cls", "tiny.pth", 12.3)
+    release = releases.Release("#v2cls", "tiny.pth", 12.3)
     monkeypatch.setitem(pretrained.RELEASES, "tiny_of_the_tests", release)
     create_model("tiny_of_the_tests", pretrained=True, num_classes=10)
     base = "https://github.com/MzeroMiko/VMamba/releases/download"
@@ -239,6 +246,37 @@ def test_a_stated_hash_is_checked(server, tmp_path):
         pretrained.cached_model(f"{server.url}#sha256={'0' * 64}")
     with pytest.raises(CheckpointError, match="64 hexadecimal digits"):
         pretrained.cached_model(f"{server.url}#md5=0")
+
+
+def test_a_file_is_first_seen_until_it_is_pinned(server, monkeypatch, capfd):
+    model = pretrained.cached_model(server.url)
+    assert f"first seen, not pinned: SHA-256 {SHA256}" in capfd.readouterr().err
+    assert load_model(model).provenance["sha256_is"] == "first seen, not pinned"
+    # Pinned to other content, the copy is refused; another address of a pinned file is checked.
+    monkeypatch.setattr(pretrained, "pinned_sha256", lambda url: "0" * 64)
+    with pytest.raises(CheckpointError, match=f"has SHA-256 {SHA256} and not {'0' * 64}"):
+        pretrained.cached_model(server.url)
+    monkeypatch.setattr(pretrained, "pinned_sha256", lambda url: SHA256)
+    assert pretrained.cached_model(server.url) == model
+    again = pretrained.cached_model(f"{server.url}?mirror")
+    assert "first seen" not in capfd.readouterr().err
+    assert load_model(again).provenance["sha256_is"] == "as stated"
+
+
+def test_the_table_of_hashes_is_read_as_sha256sum_writes_it(tmp_path, monkeypatch):
+    release = releases.RELEASES["vmamba_tiny_s1l8"]
+    (tmp_path / releases.PINNED).write_text(f"# hashes\n{SHA256}  {release.file}\n")
+    monkeypatch.setattr(releases.resources, "files", lambda package: tmp_path)
+    assert releases.pinned_sha256(release.url) == SHA256
+    assert releases.pinned_sha256(releases.RELEASES["vmamba_tiny_s2l5"].url) is None
+    assert releases.pinned_sha256("http://127.0.0.1/a.pth") is None
+
+
+def test_every_pinned_hash_is_of_a_released_file():
+    text = (Path(releases.__file__).parent / releases.PINNED).read_text()
+    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    assert {file for _, file in lines} <= {release.file for release in releases.RELEASES.values()}
+    assert all(len(bytes.fromhex(digits)) == 32 for digits, _ in lines)
 
 
 def test_the_recorded_hash_is_checked_when_the_file_is_read_again(server, tmp_path):

@@ -95,16 +95,37 @@ def test_the_schedule_repeats_its_first_rate_as_the_released_runs_did() -> None:
     assert schedule(5) == schedule.at(4)
 
 
+def _decayed(config: VMambaConfig, **options: bool) -> set[str]:
+    """PyTorch's names of the parameters that decay."""
+    return {
+        weight.key
+        for weight in weight_table(config)
+        if weight.path[0] == "params" and is_decayed(weight.path[1:], config, **options)
+    }
+
+
 def test_the_same_parameters_are_exempt_from_decay_as_in_pytorch() -> None:
-    exempt = [w.key for w in weight_table(_golden_config()) if not is_decayed(w)]
-    assert sorted(exempt) == sorted(_META["no_decay"])
+    config = _golden_config()
+    every = {weight.key for weight in weight_table(config)}
+    assert sorted(every - _decayed(config)) == sorted(_META["no_decay"])
+
+
+@pytest.mark.parametrize("name", ["mamba2", "batchnorm", "posembed", "oncnorm", "v0"])
+def test_what_decays_is_what_pytorch_s_names_and_shapes_say(name: str) -> None:
+    golden = np.load(Path(__file__).parent / "data" / "golden_small" / f"{name}.npz")
+    config = VMambaConfig(**json.loads(str(golden["meta"]))["config"])
+    expected = {
+        weight.key
+        for weight in weight_table(config)
+        if len(weight.shape) > 1 and not weight.key.endswith(".bias") and weight.key != "pos_embed"
+    }
+    assert _decayed(config) == expected
 
 
 def test_state_space_parameters_can_be_exempt_too() -> None:
-    table = weight_table(_golden_config())
-    decayed = {w.key for w in table if is_decayed(w)}
-    decayed_less = {w.key for w in table if is_decayed(w, decay_ssm=False)}
-    assert {key.rsplit(".", 1)[1] for key in decayed - decayed_less} == {"A_logs", "dt_projs_bias"}
+    config = _golden_config()
+    exempt = _decayed(config) - _decayed(config, decay_ssm=False)
+    assert {key.rsplit(".", 1)[1] for key in exempt} == {"A_logs", "dt_projs_bias"}
 
 
 def test_clipping_divides_by_the_norm_plus_a_millionth() -> None:
@@ -122,7 +143,9 @@ def test_clipping_divides_by_the_norm_plus_a_millionth() -> None:
 def test_layer_decay_slows_each_earlier_block_by_one_factor() -> None:
     model = model_config("vmamba_tiny_s1l8")
     config = OptimizerConfig(layer_decay=0.5)
-    scales = {w.key: learning_rate_scale(w, config, model.depths) for w in weight_table(model)}
+    scales = {
+        w.key: learning_rate_scale(w.path[1:], config, model.depths) for w in weight_table(model)
+    }
     assert scales["classifier.head.weight"] == scales["classifier.norm.weight"] == 1.0
     assert scales["layers.3.blocks.1.norm.weight"] == 0.5
     assert scales["layers.3.blocks.0.norm.weight"] == 0.25

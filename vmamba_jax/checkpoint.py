@@ -1,15 +1,18 @@
-"""Every Orbax call: checkpoints of a run, saved in the background and restored onto any mesh.
+"""The checkpoints of a run, saved in the background and restored onto any mesh.
 
 A checkpoint is a folder named after its step that appears only when it is complete, so an
-interrupted save or a full disk leaves the ones before it as they were. It holds five items:
+interrupted save or a full disk leaves the ones before it as they were. It holds what a converted
+model does (`vmamba_jax.convert.artifact`: ``variables``, ``ema``, ``model``), so that it is one,
+and beside it what a run goes on from:
 
-- ``variables`` and ``ema``: the weights, each restorable alone;
 - ``training``: optimizer state, counters and random key;
 - ``data``: the position of the data iterator, good for any number of processes;
-- ``meta``: the run's configuration as JSON.
+- ``meta``: the run's configuration as JSON;
+- ``metrics``: what an evaluation of it found, as JSON, once there was one.
 """
 
-import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,13 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from vmamba_jax.convert.artifact import only_news, weights_handler
 from vmamba_jax.errors import CheckpointError
-from vmamba_jax.training.state import TrainState
+from vmamba_jax.run_folder import best_step, complete_steps, read_metrics, write_metrics
 
 PyTree = Any
 
-_ARRAYS = ("variables", "ema", "training")
+_WEIGHTS = ("variables", "ema")
 
 
 class Checkpoints:
@@ -38,25 +42,22 @@ class Checkpoints:
 
     def __init__(self, folder: Path | str, *, keep: int = 3, read_only: bool = False) -> None:
         self.folder = Path(folder).absolute()
-        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS}
-        handlers["data"] = ocp.JsonCheckpointHandler()
-        handlers["meta"] = ocp.JsonCheckpointHandler()
+        self._quiet = ExitStack()
+        handlers: dict[str, Any] = {name: weights_handler() for name in _WEIGHTS}
+        handlers["training"] = ocp.StandardCheckpointHandler()
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("model", "data", "meta")}
+        # Evaluations come after the save that they are of, so Orbax does not know of them.
+        self._metrics = {
+            step: read_metrics(self.folder / str(step)) for step in complete_steps(self.folder)
+        }
         policies = checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers=handlers,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep),
-                        policies.BestN(
-                            n=1,
-                            get_metric_fn=lambda metrics: metrics["accuracy"],
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
+                    [policies.LatestN(keep), _Best(self)]
                 ),
-                best_fn=lambda metrics: metrics["accuracy"],
                 # A save that was cut short leaves a temporary folder behind.
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
@@ -65,6 +66,7 @@ class Checkpoints:
         )
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet.enter_context(only_news())
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
@@ -75,6 +77,7 @@ class Checkpoints:
                 raise
         finally:
             self._manager.close()
+            self._quiet.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -84,46 +87,70 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The evaluated checkpoint with the highest accuracy, or None."""
-        return self._manager.best_step()
+        return best_step({step: self.metrics(step) for step in self._manager.all_steps()})
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What was recorded of a checkpoint; empty before its evaluation."""
+        return self._metrics.get(step, {})
 
     def save(
         self,
-        state: TrainState,
+        step: int,
+        items: Mapping[str, PyTree],
         *,
+        model: dict[str, Any],
         data_iterator: Any,
         config: dict[str, Any],
-        accuracy: float | None = None,
     ) -> None:
         """Starts saving in the background, after the previous save has ended.
 
-        The arrays are copied to the host before this returns, so the state may be donated.
+        The arrays are copied to the host before this returns, so they may be donated.
 
         Args:
-            state: the state; its step names the checkpoint.
+            step: names the checkpoint; nothing is done if there is one of this step.
+            items: the state by item: ``variables``, ``training`` and, if there is one, ``ema``.
+            model: what else it takes to use the weights, from `describe_model`.
             data_iterator: whose position is saved: `get_state()` gives it as JSON types.
             config: the run's configuration, as JSON types.
-            accuracy: held-out accuracy, if it was measured; decides which checkpoint is the best.
 
         Raises:
             CheckpointError: if this or the previous save could not be written.
         """
-        step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items: dict[str, Any] = {
-            "variables": ocp.args.StandardSave(state.variables),
-            "training": ocp.args.StandardSave(_training_part(state)),
+        args: dict[str, Any] = {
+            name: ocp.args.PyTreeSave(tree) if name in _WEIGHTS else ocp.args.StandardSave(tree)
+            for name, tree in items.items()
+        }
+        args |= {
+            "model": ocp.args.JsonSave(model),
             "data": ocp.args.JsonSave(data_iterator.get_state()),
             "meta": ocp.args.JsonSave(config),
         }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(state.ema)
-        metrics = None if accuracy is None else {"accuracy": accuracy}
         self.wait()
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=ocp.args.Composite(**args))
         except Exception as error:
             raise self._write_error(error) from error
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Notes what an evaluation of a saved checkpoint found, once its save has ended.
+
+        Args:
+            step: the checkpoint.
+            metrics: its held-out ``accuracy``, which decides which checkpoint is the best, and
+                what else was measured.
+
+        Raises:
+            CheckpointError: if the checkpoint or this note could not be written.
+        """
+        self.wait()
+        self._metrics[step] = dict(metrics)
+        if jax.process_index() == 0:
+            try:
+                write_metrics(self.folder / str(step), metrics)
+            except OSError as error:
+                raise self._write_error(error) from error
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -137,52 +164,33 @@ class Checkpoints:
             raise self._write_error(error) from error
 
     def restore(
-        self, abstract_state: TrainState, *, data_iterator: Any = None, step: int | None = None
-    ) -> TrainState:
-        """Reads a checkpoint onto the devices that `abstract_state` names.
+        self, items: Mapping[str, PyTree], *, data_iterator: Any = None, step: int | None = None
+    ) -> dict[str, PyTree]:
+        """Reads a checkpoint onto the devices that `items` names.
 
         Args:
-            abstract_state: from `vmamba_jax.training.state.abstract_state`; the mesh may differ
-                from the one that saved.
+            items: as saved, of `jax.ShapeDtypeStruct` with shardings; the mesh may differ from the
+                one that saved.
             data_iterator: moved to the saved position by `set_state`; None leaves data alone.
             step: which checkpoint; the latest by default.
 
         Raises:
             CheckpointError: if there is no such checkpoint or it belongs to another model.
         """
-        items: dict[str, Any] = {
-            "variables": ocp.args.StandardRestore(abstract_state.variables),
-            "training": ocp.args.StandardRestore(_training_part(abstract_state)),
+        args: dict[str, Any] = {
+            name: ocp.args.PyTreeRestore(
+                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+            )
+            if name in _WEIGHTS
+            else ocp.args.StandardRestore(tree)
+            for name, tree in items.items()
         }
-        if abstract_state.ema is not None:
-            items["ema"] = ocp.args.StandardRestore(abstract_state.ema)
         if data_iterator is not None:
-            items["data"] = ocp.args.JsonRestore()
-        restored = self._restore(step, items)
+            args["data"] = ocp.args.JsonRestore()
+        restored = self._restore(step, args)
         if data_iterator is not None:
             data_iterator.set_state(restored["data"])
-        return dataclasses.replace(
-            abstract_state,
-            variables=restored["variables"],
-            ema=restored["ema"] if abstract_state.ema is not None else None,
-            **restored["training"],
-        )
-
-    def restore_weights(
-        self, abstract_variables: PyTree, *, average: bool, step: int | None = None
-    ) -> PyTree:
-        """Reads the weights alone.
-
-        Args:
-            abstract_variables: the model's variables as `jax.ShapeDtypeStruct`.
-            average: the moving average instead of the last weights.
-            step: which checkpoint; the latest by default.
-
-        Raises:
-            CheckpointError: if there is no such checkpoint or it belongs to another model.
-        """
-        item = "ema" if average else "variables"
-        return self._restore(step, {item: ocp.args.StandardRestore(abstract_variables)})[item]
+        return {name: restored[name] for name in items}
 
     def config(self, step: int | None = None) -> dict[str, Any]:
         """The configuration that a checkpoint was saved with (the latest by default)."""
@@ -197,7 +205,7 @@ class Checkpoints:
                 + (f" of step {step}" if step is not None else "")
                 + f" (found: {found})"
             )
-        for item in ("variables", "ema"):
+        for item in _WEIGHTS:
             if item in items:
                 self._check_same_model(step, item, items[item].item)
         try:
@@ -244,12 +252,18 @@ class Checkpoints:
         )
 
 
-def _training_part(state: TrainState) -> dict[str, Any]:
-    """What is neither weights nor their average."""
-    return {
-        "step": state.step,
-        "opt_state": state.opt_state,
-        "rng": state.rng,
-        "skipped": state.skipped,
-        "skipped_in_a_row": state.skipped_in_a_row,
-    }
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Keeps the best checkpoint, as far as they are evaluated."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[Any],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        del context
+        best = best_step({info.step: self._checkpoints.metrics(info.step) for info in checkpoints})
+        return [info.step == best for info in checkpoints]

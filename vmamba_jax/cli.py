@@ -4,7 +4,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -18,10 +18,13 @@ from vmamba_jax.convert.export import save_safetensors, save_torch
 from vmamba_jax.convert.hugging_face import one_rank_note, save_port
 from vmamba_jax.convert.layout import WeightChoice
 from vmamba_jax.convert.mapping import is_counter
-from vmamba_jax.convert.pretrained import RELEASES, load_pretrained
+from vmamba_jax.convert.pretrained import load_pretrained
+from vmamba_jax.convert.releases import RELEASES
 from vmamba_jax.convert.source import Weights, read_weights, widens
+from vmamba_jax.imagenet import imagenet_classes
 from vmamba_jax.models import VSSM
-from vmamba_jax.predict import Result, as_json, draw, find_images, imagenet_classes, predict
+from vmamba_jax.predict import Result, as_json, draw, find_images, predict
+from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, for_channels
 from vmamba_jax.registry import list_models, model_config
 
 _Source = Annotated[Path, Positional, arg(metavar="SOURCE")]
@@ -64,14 +67,17 @@ def convert(
     entry: str | None = None,
     prefix: str | None = None,
     num_classes: int | None = None,
-    image_size: int | None = None,
+    image_size: tuple[int, ...] | None = None,
+    in_chans: int | None = None,
+    step: str | None = None,
     to: Literal["orbax", "safetensors", "pth", "huggingface"] | None = None,
 ) -> int:
     """Converts a checkpoint, from PyTorch or back to it.
 
     Args:
         source: A .pth file of any VMamba release or training run, a .safetensors file, a folder of
-            the Hugging Face port, or a model that this command wrote.
+            the Hugging Face port, a model that this command wrote, or the folder of a training
+            run or one of its checkpoints.
         target: Where to: FILE.safetensors or FILE.pth for PyTorch's names, else a folder with a
             model for this package (Orbax) or, with --to huggingface, for the Hugging Face port.
         weights: Which ones, where a training run saved two: the averaged (ema), the plain (model),
@@ -79,7 +85,12 @@ def convert(
         entry: The entry of the file that holds the model, where several do.
         prefix: What the model's names begin with, where one entry holds several models.
         num_classes: Replace the head by a new one of so many classes.
-        image_size: Resize the position embedding, if there is one, for images of this side.
+        image_size: Resize the position embedding, if there is one, for images of this height and
+            width, or of one number for both.
+        in_chans: Fit weights for RGB images to so many channels: their sum for one, repeated and
+            scaled for more.
+        step: Which checkpoint of a training run: best, latest or a number; by default the best,
+            or the latest where none was evaluated.
         to: The format of TARGET, where its name does not say it.
     """
     suffixes = {".safetensors": "safetensors", ".pth": "pth", ".pt": "pth"}
@@ -92,7 +103,16 @@ def convert(
     if target.exists():
         raise ValueError(f"{target}: exists already; choose another name or delete it")
     with _err.status(f"reading {source}"):
-        read = read_weights(source, weights, num_classes, image_size, entry=entry, prefix=prefix)
+        read = read_weights(
+            source,
+            weights,
+            num_classes,
+            _size(image_size),
+            in_chans=in_chans,
+            entry=entry,
+            prefix=prefix,
+            step=step,
+        )
     with _err.status(f"writing {target}"):
         match form:
             case "safetensors":
@@ -102,7 +122,14 @@ def convert(
             case "huggingface":
                 save_port(target, read.state_dict, read.config, read.class_names)
             case _:
-                save_model(target, read.variables(), read.config, read.provenance, read.class_names)
+                save_model(
+                    target,
+                    read.variables(),
+                    read.config,
+                    read.provenance,
+                    read.class_names,
+                    read.preprocessing,
+                )
     _report(read, target, form)
     return 0
 
@@ -111,9 +138,10 @@ def classify(
     images: _Images,
     *,
     checkpoint: Path | None = None,
+    step: str | None = None,
     model: str | None = None,
     pretrained: bool = False,
-    image_size: int | None = None,
+    image_size: tuple[int, ...] | None = None,
     batch_size: int = 16,
     top: int = 5,
     json_: Annotated[bool, arg(name="json")] = False,
@@ -123,21 +151,27 @@ def classify(
 
     Args:
         images: Image files, or folders of them.
-        checkpoint: The weights: a converted model, a .pth or a .safetensors file.
+        checkpoint: The weights: the folder of a training run or one of its checkpoints, a
+            converted model, a .pth or a .safetensors file.
+        step: Which checkpoint of a training run: best, latest or a number; by default the best,
+            or the latest where none was evaluated.
         model: A released model's name instead (see the models command); needs --pretrained.
         pretrained: Fetch the released weights of --model, once.
-        image_size: Side of the centre crop; by default the size the model was made for.
+        image_size: Height and width of the centre crop, or one number for both; by default the
+            size that the model was evaluated at.
         batch_size: Images at a time.
         top: How many classes to show.
         json_: Print JSON instead of a table.
         save: Write a picture of the images with their classes as bars.
     """
-    if min(batch_size, top, image_size or 1) < 1:
-        raise ValueError("--batch-size, --top and --image-size must be positive")
+    if min(batch_size, top) < 1:
+        raise ValueError("--batch-size and --top must be positive")
     paths = find_images(images)
     if not paths:
         raise ValueError("no images: give image files, or folders that hold some")
-    network, variables, names, size = _classifier(checkpoint, model, pretrained, image_size)
+    network, variables, names, steps = _classifier(
+        checkpoint, step, model, pretrained, _size(image_size)
+    )
     results: list[Result] = []
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     with Progress(*columns, console=_err, transient=True) as progress:
@@ -147,7 +181,7 @@ def classify(
             variables,
             paths,
             names,
-            image_size=size,
+            steps,
             batch_size=batch_size,
             top=min(top, len(names)),
         ):
@@ -163,7 +197,7 @@ def classify(
     else:
         _print_results(results)
     if save is not None:
-        draw(results, save)
+        draw(results, save, network.config.in_chans)
         _err.print(f"picture: {_escape(save)}")
     return 1 if any(result.error is not None for result in results) else 0
 
@@ -177,7 +211,7 @@ def models() -> int:
         column.justify = "right"
     for name in list_models():
         config = model_config(name)
-        parts, release = summarize(config, config.imgsize), RELEASES.get(name)
+        parts, release = summarize(config, config.input_size[0]), RELEASES.get(name)
         table.add_row(
             name,
             f"{sum(part.params for part in parts) / 1e6:.1f}",
@@ -198,7 +232,7 @@ def summary(name: _Name, *, image_size: int | None = None) -> int:
         image_size: Side of the image; by default the size the model is made for.
     """
     config = model_config(name)
-    size = image_size or config.imgsize
+    size = image_size or config.input_size[0]
     parts = summarize(config, size)
     table = Table(title=f"{name} at {size}x{size}")
     for column in ("part", "output (H, W, C)", "params", "GFLOPs"):
@@ -214,30 +248,52 @@ def summary(name: _Name, *, image_size: int | None = None) -> int:
     return 0
 
 
+def _size(sides: tuple[int, ...] | None) -> tuple[int, int] | None:
+    if sides is not None and len(sides) not in (1, 2):
+        raise ValueError("--image-size takes one number, or a height and a width")
+    return None if sides is None else (sides[0], sides[-1])
+
+
 def _classifier(
-    checkpoint: Path | None, name: str | None, pretrained: bool, image_size: int | None
-) -> tuple[VSSM, dict, list[str], int]:
-    """The model, its weights, its classes' names and its image size."""
+    checkpoint: Path | None,
+    step: str | None,
+    name: str | None,
+    pretrained: bool,
+    size: tuple[int, int] | None,
+) -> tuple[VSSM, dict, list[str], Preprocessing]:
+    """The model, its weights, its classes' names and what images go through."""
     if (checkpoint is None) == (name is None):
         raise ValueError("give either --checkpoint PATH or --model NAME --pretrained")
     if checkpoint is not None:
-        read = read_weights(checkpoint, image_size=image_size)
+        read = read_weights(checkpoint, image_size=size, step=step)
         config, variables, names = read.config, read.variables(), read.class_names
+        steps = read.preprocessing
+        if read.provenance.get("layout") == "training run":
+            _err.print(f"weights: {_escape(_which(read.provenance))}", highlight=False)
     else:
         assert name is not None
         if not pretrained:
             raise ValueError(
                 f"--model {name} needs --pretrained: untrained weights predict nothing"
             )
-        config = model_config(name).replace(imgsize=image_size or model_config(name).imgsize)
-        variables, names = load_pretrained(True, config, name), None
+        config = model_config(name).replace(imgsize=size or model_config(name).imgsize)
+        variables, names, steps = load_pretrained(True, config, name), None, None
     if config.num_classes == 0:
         raise ValueError(f"{checkpoint or name} has no classification head")
     if names is None:
         imagenet = config.num_classes == len(imagenet_classes())
         numbers = [f"class {i}" for i in range(config.num_classes)]
         names = list(imagenet_classes()) if imagenet else numbers
-    return VSSM(config), variables, names, image_size or config.imgsize
+    if steps is None:
+        mean, std = (for_channels(v, config.in_chans) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        steps = Preprocessing(config.input_size, mean=mean, std=std)
+    return VSSM(config), variables, names, steps.replace(image_size=size or steps.size)
+
+
+def _which(provenance: dict[str, Any]) -> str:
+    """Which of the weights that there are."""
+    average = ", moving average" if provenance.get("averaged") else ""
+    return f"{provenance.get('weights')}{average}"
 
 
 def _report(read: Weights, target: Path, form: str) -> None:
@@ -245,7 +301,7 @@ def _report(read: Weights, target: Path, form: str) -> None:
     table = Table("tensors", "what became of them", "for example")
     table.columns[0].justify = "right"
     kept = Counter(change.action for change in read.changes)
-    for action in ("mapped", "renamed", "reshaped", "resized", "initialised"):
+    for action in ("mapped", "renamed", "reshaped", "resized", "adapted", "initialised"):
         if kept[action]:
             example = next(change for change in read.changes if change.action == action)
             text = example.source if action == "mapped" else f"{example.source} -> {example.target}"
@@ -268,7 +324,7 @@ def _report(read: Weights, target: Path, form: str) -> None:
     about = read.provenance
     lines = {
         "layout": about.get("layout"),
-        "weights": f"{about.get('weights')}{' (averaged)' if about.get('averaged') else ''}",
+        "weights": _which(about),
         "prefix": about.get("prefix") or "none",
         "model": f"depths {config.depths}, dims {config.stage_dims}, {config.forward_type}, "
         f"{config.num_classes} classes",

@@ -143,7 +143,8 @@ class VMambaConfig:
         post_norm: normalise each branch's output instead of its input.
         use_checkpoint: recompute each block in the backward pass to save memory.
         posembed: add a learned absolute position embedding.
-        imgsize: side of the image that the position embedding is made for, in pixels.
+        imgsize: side of the image that the position embedding is made for, in pixels, or its height
+            and width.
 
     Raises:
         ValueError: for a value outside the lists and ranges above.
@@ -175,7 +176,7 @@ class VMambaConfig:
     post_norm: bool = False
     use_checkpoint: bool = False
     posembed: bool = False
-    imgsize: int = 224
+    imgsize: int | Sequence[int] = 224
 
     def __post_init__(self) -> None:
         # Lists (from JSON, YAML, or a ported config) become tuples so that the value is hashable.
@@ -188,6 +189,9 @@ class VMambaConfig:
         )
         object.__setattr__(self, "depths", depths)
         object.__setattr__(self, "dims", dims)
+        if not isinstance(self.imgsize, int):
+            sides = tuple(int(side) for side in self.imgsize)
+            object.__setattr__(self, "imgsize", sides[0] if len(set(sides)) == 1 else sides)
         for field, accepted in _CHOICES.items():
             value = getattr(self, field)
             lowered = value.lower() if isinstance(value, str) else value
@@ -224,7 +228,9 @@ class VMambaConfig:
                 yield f"{name} must lie in [0, 1), got {getattr(self, name)}"
         if self.downsample_version == "none" and len(set(dims)) > 1:
             yield f"downsample_version 'none' needs the same dims in every stage, got {dims}"
-        if self.posembed and self.imgsize < self.patch_size:
+        if not isinstance(self.imgsize, int) and len(self.imgsize) != 2:
+            yield f"imgsize must be one side or a height and a width, got {self.imgsize}"
+        elif self.posembed and min(self.input_size) < self.patch_size:
             yield f"imgsize {self.imgsize} holds no patch of {self.patch_size} pixels"
         if forward_type.operator == "m0" and self.ssm_ratio > 0:
             if self.ssm_init == "v0":
@@ -237,6 +243,14 @@ class VMambaConfig:
         """Channels of each stage (`dims`, for the type checker: always a tuple by now)."""
         assert isinstance(self.dims, tuple)
         return self.dims
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of `imgsize`, in pixels."""
+        if isinstance(self.imgsize, int):
+            return self.imgsize, self.imgsize
+        height, width = self.imgsize
+        return height, width
 
     def inner_dim(self, stage: int) -> int:
         """Channels inside SS2D in one stage."""

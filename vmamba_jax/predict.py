@@ -1,8 +1,6 @@
 """Classifies image files with the released evaluation protocol."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -11,11 +9,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vmamba_jax.data.augment import EvalTransform
-from vmamba_jax.data.decode import DamagedRecordError, decode_image
+from vmamba_jax.data.bands import Bands
+from vmamba_jax.data.decode import decode_image
+from vmamba_jax.data.errors import DamagedRecordError
+from vmamba_jax.data.image_folder import EXTENSIONS
 from vmamba_jax.models import VSSM
+from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.typing import Variables
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 _ROW_HEIGHT, _PICTURE_WIDTH = 224, 760
 
 
@@ -52,7 +53,7 @@ def find_images(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in _SUFFIXES)
+            inside = (p for p in sorted(path.rglob("*")) if p.suffix.lower() in EXTENSIONS)
             found.extend(p for p in inside if p.is_file())
         else:
             found.append(path)
@@ -64,8 +65,8 @@ def predict(
     variables: Variables,
     paths: Sequence[Path],
     class_names: Sequence[str],
+    preprocessing: Preprocessing,
     *,
-    image_size: int = 224,
     batch_size: int = 16,
     top: int = 5,
 ) -> Iterator[Result]:
@@ -76,16 +77,15 @@ def predict(
         variables: its weights.
         paths: image files. One that can't be read gives a `Result` with an error.
         class_names: names of the classes in the head's order.
-        image_size: side of the centre crop, in pixels; the shorter side is resized to 256/224 of
-            it first.
+        preprocessing: what the images go through.
         batch_size: images at a time.
         top: how many classes to name.
 
     Yields:
         One result a path, in order.
     """
-    transform = EvalTransform(image_size)
-    batch_size = min(batch_size, len(paths))
+    transform = EvalTransform.of(preprocessing)
+    batch_size, channels = min(batch_size, len(paths)), model.config.in_chans
 
     @jax.jit
     def probabilities(variables: Variables, images: jax.Array) -> jax.Array:
@@ -96,10 +96,10 @@ def predict(
     for start in range(0, len(paths), batch_size):
         results: list[Result] = []
         # One shape for every batch, so that the model compiles once.
-        images = np.zeros((batch_size, image_size, image_size, 3), np.float32)
+        images = np.zeros((batch_size, *preprocessing.size, channels), np.float32)
         for i, path in enumerate(paths[start : start + batch_size]):
             try:
-                images[i] = transform(decode_image(path, str(path)))
+                images[i] = transform(decode_image(path, str(path), channels))
                 results.append(Result(path, []))
             except DamagedRecordError as error:
                 results.append(Result(path, [], error.reason))
@@ -114,19 +114,13 @@ def predict(
             yield result
 
 
-@cache
-def imagenet_classes() -> tuple[str, ...]:
-    """Names of the 1000 ImageNet-1K classes in the order of the released heads."""
-    text = resources.files("vmamba_jax").joinpath("imagenet_classes.txt").read_text("utf-8")
-    return tuple(line.split("\t")[1] for line in text.splitlines() if not line.startswith("#"))
-
-
-def draw(results: Sequence[Result], path: Path) -> None:
+def draw(results: Sequence[Result], path: Path, channels: int = 3) -> None:
     """Saves a picture: a row for each image with its classes as bars.
 
     Args:
         results: of `predict`; unreadable images are skipped.
         path: where to; the suffix decides the format.
+        channels: of the images.
 
     Raises:
         ValueError: for a suffix that Pillow can't write.
@@ -136,7 +130,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     font, canvas = ImageFont.load_default(size=14), ImageDraw.Draw(picture)
     for row, result in enumerate(shown):
         top = row * _ROW_HEIGHT
-        image = decode_image(result.path, str(result.path))
+        image = decode_image(result.path, str(result.path), channels)
+        image = image.preview() if isinstance(image, Bands) else image
         image.thumbnail((_ROW_HEIGHT, _ROW_HEIGHT))
         picture.paste(image, ((_ROW_HEIGHT - image.width) // 2, top))
         left, right = _ROW_HEIGHT + 16, _PICTURE_WIDTH - 70

@@ -45,7 +45,7 @@ def create_model(
     *,
     pretrained: bool | str | os.PathLike[str] = False,
     num_classes: int | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     dtype: Dtype = jnp.float32,
     rng: Array | None = None,
     **config_overrides: object,
@@ -55,12 +55,15 @@ def create_model(
     Args:
         name: one of `list_models`.
         pretrained: True for the weights that were released under this name, fetched once and
-            kept; or the address of a checkpoint, or a path to one. A head of another number of
-            classes starts anew.
+            kept; or the address of a checkpoint, or a path to one, to a training run of this
+            package (its best checkpoint, the moving average where there is one) or to one of its
+            checkpoints. A head of another number of classes starts anew, and a first convolution
+            for RGB images is fitted to other `in_chans`.
         num_classes: classes of the head; 0 leaves it out: the model returns pooled features. None:
             as registered, 1000 for the released models.
-        image_size: side of the image that a position embedding is made for, in pixels. Models
-            without one (all released ones) take any size. None: as registered.
+        image_size: side of the image that a position embedding is made for, in pixels, or its
+            height and width. Models without one (all released ones) take any size. None: as
+            registered.
         dtype: compute dtype; parameters are float32.
         rng: key of the initial values; None: ``jax.random.key(0)``.
         **config_overrides: other fields of `VMambaConfig`.
@@ -85,7 +88,7 @@ def create_model(
         seed = 0 if rng is None else int(jax.random.bits(rng))
         variables = load_pretrained(pretrained, config, name, seed)
         return model, jax.tree.map(jnp.asarray, variables)
-    images = jnp.zeros((1, config.imgsize, config.imgsize, config.in_chans), jnp.float32)
+    images = jnp.zeros((1, *config.input_size, config.in_chans), jnp.float32)
     # Compiled, the forward pass that Linen runs to find the shapes is dropped as dead code.
     variables = jax.jit(model.init)(jax.random.key(0) if rng is None else rng, images)
     return model, variables

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vmamba_jax.config import VMambaConfig, parse_forward_type
-from vmamba_jax.convert.mapping import weight_table
+from vmamba_jax.models.parameters import variable_shapes
 
 _ROUTES = 4  # K
 _NORM_COST = {"ln": 5, "ln2d": 5, "bn": 2}
@@ -93,10 +93,9 @@ def _params(config: VMambaConfig) -> dict[str, int]:
     """Parameters of each module, with one block a stage: all blocks of a stage are alike."""
     one_each = config.replace(depths=(1,) * len(config.depths), drop_path_rate=0.0)
     params: dict[str, int] = {}
-    for weight in weight_table(one_each):
-        if weight.path[0] == "params":
-            module = weight.path[1]
-            params[module] = params.get(module, 0) + int(np.prod(weight.shape))
+    for (collection, module, *_), shape in variable_shapes(one_each).items():
+        if collection == "params":
+            params[module] = params.get(module, 0) + int(np.prod(shape))
     return params
 
 

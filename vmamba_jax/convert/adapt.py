@@ -1,4 +1,4 @@
-"""Fits a state dict to another number of classes or another image size."""
+"""Fits a state dict to another number of classes or to other images."""
 
 import numpy as np
 
@@ -38,28 +38,64 @@ def replace_head(
     return state_dict, [Change("", key, "initialised", why) for key in _HEAD]
 
 
-def resize_position_embedding(
-    state_dict: dict[str, np.ndarray], side: int
+def replace_input_channels(
+    state_dict: dict[str, np.ndarray], channels: int
 ) -> tuple[dict[str, np.ndarray], list[Change]]:
-    """Resamples a position embedding to a map of `side` x `side` patches, if there is one.
+    """Fits the first convolution to images of other channels than RGB, as timm does.
+
+    Args:
+        state_dict: arrays under PyTorch's names; not changed.
+        channels: of the images. One takes the sum of the three kernels; more take them in turn,
+            scaled by 3 / channels, so that the response to equal channels stays.
+
+    Returns:
+        The new state dict, and what changed.
+
+    Raises:
+        CheckpointError: it is for images of other channels, and not of three.
+    """
+    key = "patch_embed.0.weight"
+    kernel = state_dict[key]
+    held = kernel.shape[1]
+    if held == channels:
+        return state_dict, []
+    if held != 3:
+        raise CheckpointError(
+            f"it is for images of {held} channels: only weights for RGB can be fitted to {channels}"
+        )
+    wide = kernel.astype(np.float32)
+    if channels == 1:
+        new, why = wide.sum(axis=1, keepdims=True), "the sum over R, G and B, for 1 channel"
+    else:
+        new = wide[:, np.arange(channels) % 3] * np.float32(3 / channels)
+        why = f"R, G and B in turn for {channels} channels, times 3/{channels}"
+    return {**state_dict, key: new.astype(kernel.dtype)}, [Change(key, key, "adapted", why)]
+
+
+def resize_position_embedding(
+    state_dict: dict[str, np.ndarray], height: int, width: int
+) -> tuple[dict[str, np.ndarray], list[Change]]:
+    """Resamples a position embedding to a map of `height` x `width` patches, if there is one.
 
     Bicubic with the kernel of PyTorch's ``interpolate`` (a = -0.75, half-pixel centres, no
     antialiasing, edges repeated).
 
     Args:
         state_dict: arrays under PyTorch's names; not changed.
-        side: patches along the new map's side.
+        height: patches along the new map's height.
+        width: patches along its width.
 
     Returns:
         The new state dict, and what changed.
     """
     key = "pos_embed"
-    if key not in state_dict or state_dict[key].shape[2:] == (side, side):
+    if key not in state_dict or state_dict[key].shape[2:] == (height, width):
         return state_dict, []
     old = state_dict[key]
-    rows, columns = (_bicubic_weights(length, side) for length in old.shape[2:])
+    rows = _bicubic_weights(old.shape[2], height)
+    columns = _bicubic_weights(old.shape[3], width)
     new = np.einsum("yh,bchw,xw->bcyx", rows, old.astype(np.float32), columns).astype(np.float32)
-    why = f"{old.shape[2]}x{old.shape[3]} to {side}x{side} patches"
+    why = f"{old.shape[2]}x{old.shape[3]} to {height}x{width} patches"
     return {**state_dict, key: new}, [Change(key, key, "resized", why)]
 
 

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.traverse_util
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vmamba_jax.config import VMambaConfig
-from vmamba_jax.models import VSSM
+from vmamba_jax.models.parameters import variable_shapes
 from vmamba_jax.typing import Variables
 
 StateDict = Mapping[str, np.ndarray]
@@ -50,16 +48,7 @@ class Weight(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def weight_table(config: VMambaConfig) -> tuple[Weight, ...]:
     """Every weight of a model under both names, in the order of our tree."""
-    side = config.imgsize if config.posembed else config.patch_size * 2 ** len(config.depths)
-    images = jax.ShapeDtypeStruct((1, side, side, config.in_chans), jnp.float32)
-    # The blocks of a stage are alike, and tracing all of a deep model takes seconds.
-    one_each = config.replace(depths=(1,) * len(config.depths))
-    tree = jax.eval_shape(VSSM(one_each).init, jax.random.key(0), images)
-    return tuple(
-        _weight(path, leaf.shape, config)
-        for first, leaf in _flatten(tree).items()
-        for path in _every_block(first, config)
-    )
+    return tuple(_weight(path, shape, config) for path, shape in variable_shapes(config).items())
 
 
 def from_torch(state_dict: StateDict, config: VMambaConfig) -> Variables:
@@ -196,9 +185,8 @@ def infer_config(state_dict: StateDict) -> VMambaConfig:
         fields["downsample_version"] = "v3" if stages == 1 else "none"
     if "pos_embed" in state_dict:
         height, width = shape("pos_embed", 4)[2:]
-        if height != width:
-            raise ValueError(f"pos_embed is {height}x{width}; only square ones are supported")
-        fields |= {"posembed": True, "imgsize": height * fields["patch_size"]}
+        patch = fields["patch_size"]
+        fields |= {"posembed": True, "imgsize": (height * patch, width * patch)}
 
     fields["mlp_ratio"] = 0.0
     if has_mlp:
@@ -294,16 +282,6 @@ def _torch_module(modules: list[str], config: VMambaConfig) -> str:
     name = re.sub(r"^layers_(\d+)_blocks_(\d+)$", r"layers.\1.blocks.\2", name)
     name = re.sub(r"^layers_(\d+)_downsample$", r"layers.\1.downsample", name)
     return {"classifier_norm": "classifier.norm", "head": "classifier.head"}.get(name, name)
-
-
-def _every_block(path: tuple[str, ...], config: VMambaConfig) -> list[tuple[str, ...]]:
-    """The paths of a leaf of a stage's first block in all the stage's blocks."""
-    collection, module, *rest = path
-    match = re.fullmatch(r"layers_(\d+)_blocks_0", module)
-    if match is None:
-        return [path]
-    stage = int(match[1])
-    return [(collection, f"layers_{stage}_blocks_{j}", *rest) for j in range(config.depths[stage])]
 
 
 def _flatten(tree: Any) -> dict[tuple[str, ...], Any]:

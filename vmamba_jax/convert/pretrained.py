@@ -1,5 +1,6 @@
-"""The released ImageNet checkpoints: where they are, fetched once, converted once, kept."""
+"""Trained weights from anywhere: fetched once, converted once, kept, fitted to what is asked."""
 
+import dataclasses
 import hashlib
 import http.client
 import os
@@ -9,8 +10,9 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from filelock import FileLock
 from rich.console import Console
@@ -28,7 +30,8 @@ from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.artifact import save_model
 from vmamba_jax.convert.identity import describe_difference, differing_fields
 from vmamba_jax.convert.mapping import from_torch
-from vmamba_jax.convert.source import read_weights, sha256
+from vmamba_jax.convert.releases import RELEASES, pinned_sha256
+from vmamba_jax.convert.source import Weights, adapt_weights, read_weights, sha256
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.typing import Variables
 
@@ -38,50 +41,14 @@ _PAUSE = 1.0  # seconds before the second attempt, doubled each time
 _CHUNK = 1 << 20
 
 
-class Release(NamedTuple):
-    """A checkpoint of the VMamba authors, trained on ImageNet-1K at 224 x 224.
-
-    Attributes:
-        tag: of the GitHub release.
-        file: its name there.
-        top1: ImageNet top-1 accuracy as published, in per cent.
-    """
-
-    tag: str
-    file: str
-    top1: float
-
-    @property
-    def url(self) -> str:
-        """Where it is."""
-        tag = urllib.parse.quote(self.tag)
-        return f"https://github.com/MzeroMiko/VMamba/releases/download/{tag}/{self.file}"
-
-
-RELEASES = {
-    "vanilla_vmamba_tiny": Release("#v0cls", "vssmtiny_dp01_ckpt_epoch_292.pth", 82.2),
-    "vanilla_vmamba_small": Release("#v0cls", "vssmsmall_dp03_ckpt_epoch_238.pth", 83.5),
-    "vanilla_vmamba_base": Release("#v0cls", "vssmbase_dp06_ckpt_epoch_241.pth", 83.7),
-    "vmamba_tiny_s2l5": Release("#v2cls", "vssm_tiny_0230_ckpt_epoch_262.pth", 82.5),
-    "vmamba_small_s2l15": Release("#v2cls", "vssm_small_0229_ckpt_epoch_222.pth", 83.6),
-    "vmamba_base_s2l15": Release("#v2cls", "vssm_base_0229_ckpt_epoch_237.pth", 83.9),
-    "vmamba_tiny_s1l8": Release("#v2cls", "vssm1_tiny_0230s_ckpt_epoch_264.pth", 82.6),
-    "vmamba_small_s1l20": Release("#v2cls", "vssm1_small_0229s_ckpt_epoch_240.pth", 83.3),
-    "vmamba_base_s1l20": Release("#v2cls", "vssm1_base_0229s_ckpt_epoch_225.pth", 83.8),
-}
-
-
 def load_pretrained(
     source: Literal[True] | str | os.PathLike[str], config: VMambaConfig, name: str, seed: int = 0
 ) -> Variables:
     """Trained weights for a model.
 
     Args:
-        source: True for the released checkpoint of `name`; or the address of a checkpoint; or a
-            path to one, or to a saved model. An address may end in ``#sha256=DIGITS`` to say
-            what its content must be.
-        config: the architecture to fill. A head of another number of classes than the source's
-            starts anew, and a position embedding of another image size is resized.
+        source: see `open_pretrained`.
+        config: the architecture to fill; see `fit_weights`.
         name: the model's name.
         seed: of a new head's weights.
 
@@ -92,34 +59,80 @@ def load_pretrained(
         CheckpointError: there is no such checkpoint, or it is damaged or of another architecture.
         OSError: it can't be read, or fetched and kept.
     """
+    return fit_weights(open_pretrained(source, name), source, config, name, seed).variables()
+
+
+def open_pretrained(
+    source: Literal[True] | str | os.PathLike[str], name: str | None = None, step: str | None = None
+) -> Weights:
+    """Trained weights as their file has them.
+
+    Args:
+        source: True for the released checkpoint of `name`, or the name of a released model; or the
+            address of a checkpoint; or a path to one, to a saved model, to a training run or one
+            of its checkpoints. An address may end in ``#sha256=DIGITS`` to say what its content
+            must be.
+        name: the model's name.
+        step: which checkpoint of a run; see `load_model`.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        OSError: it can't be read, or fetched and kept.
+    """
     if isinstance(source, bool):
         if name not in RELEASES:
             raise CheckpointError(
                 f"no checkpoint of {name!r} was released; those are: {', '.join(RELEASES)}. "
                 "pretrained also takes a path or an address"
             )
-        source = RELEASES[name].url
+        source = name
     source = os.fspath(source)
+    if source in RELEASES and not Path(source).exists():
+        source = RELEASES[source].url
     is_url = source.startswith(("http://", "https://"))
-    path = cached_model(source) if is_url else Path(source)
-    weights = read_weights(
-        path, num_classes=config.num_classes, image_size=config.imgsize, seed=seed
-    )
-    stated = {
-        field: getattr(weights.config, field) for field in weights.provenance.get("stated", [])
-    }
+    return read_weights(cached_model(source) if is_url else Path(source), step=step)
+
+
+def fit_weights(
+    weights: Weights, source: object, config: VMambaConfig, name: str, seed: int = 0
+) -> Weights:
+    """Fits weights to an architecture that was asked for.
+
+    Args:
+        weights: from `open_pretrained`.
+        source: what they were opened from, for messages.
+        config: the architecture to fill. A head of another number of classes than the weights'
+            starts anew, a position embedding of another image size is resized, and a first
+            convolution for RGB images is fitted to other channels.
+        name: the architecture's name, for messages.
+        seed: of a new head's weights.
+
+    Raises:
+        CheckpointError: they are of another architecture.
+    """
+    source = name if source is True else source
     try:
-        variables = from_torch(weights.state_dict, config)
+        fitted = adapt_weights(
+            weights, config.num_classes, config.input_size, config.in_chans, seed
+        )
+        from_torch(fitted.state_dict, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     except ValueError as error:
         what = describe_difference(weights.config, name, config)
         raise CheckpointError(
             f"{source} is {what}: another architecture than {name}. {error}"
         ) from error
-    # What the weights leave open and the file states is not replaced silently.
-    if differing_fields(config.replace(**stated), config):
-        what = describe_difference(config.replace(**stated), name, config)
-        raise CheckpointError(f"{source} is {what}: give create_model the file's own fields")
-    return variables
+    # What the weights leave open and the source states is not replaced silently. A model of this
+    # package states all of it.
+    stated = weights.provenance.get("stated", [field.name for field in fields(VMambaConfig)])
+    held = config.replace(
+        **{field: getattr(weights.config, field) for field in stated if field != "in_chans"}
+    )
+    if differing_fields(held, config):
+        what = describe_difference(held, name, config)
+        raise CheckpointError(f"{source} is {what}: ask for the fields that it states")
+    return dataclasses.replace(fitted, config=config)
 
 
 def cache_dir() -> Path:
@@ -150,6 +163,7 @@ def cached_model(url: str) -> Path:
     stated = fragment.removeprefix("sha256=").lower() if fragment else None
     if stated is not None and not re.fullmatch(r"[0-9a-f]{64}", stated):
         raise CheckpointError(f"{url}: what follows # must be sha256= and 64 hexadecimal digits")
+    stated = stated or pinned_sha256(address)
     # Two addresses may end in one file name.
     label = hashlib.sha256(address.encode()).hexdigest()[:8]
     file_name = urllib.parse.unquote(address.rsplit("/", 1)[-1]) or "checkpoint"
@@ -181,9 +195,13 @@ def cached_model(url: str) -> Path:
         except CheckpointError as error:
             file.unlink()
             raise CheckpointError(f"{address}: {error} (deleted from the cache)") from error
+        if stated is None:
+            console = Console(stderr=True)
+            console.print(f"{address}: first seen, not pinned: SHA-256 {found}", soft_wrap=True)
         record.write_text(found + "\n")
         shutil.rmtree(model, ignore_errors=True)
-        provenance = {**weights.provenance, "url": address}
+        trust = "first seen, not pinned" if stated is None else "as stated"
+        provenance = {**weights.provenance, "url": address, "sha256_is": trust}
         save_model(model, weights.variables(), weights.config, provenance, weights.class_names)
         return model
 

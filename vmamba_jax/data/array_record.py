@@ -9,7 +9,8 @@ from typing import Any
 import grain
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-from vmamba_jax.data.decode import DamagedRecordError, DataError, Sample, decode_image
+from vmamba_jax.data.decode import Sample, decode_image
+from vmamba_jax.data.errors import DamagedRecordError, DataError
 
 
 class ArrayRecord:
@@ -23,13 +24,15 @@ class ArrayRecord:
     Args:
       root: the folder that holds the files.
       split: the split's name, such as ``"train"`` or ``"validation"``.
+      channels: of the images, see `decode_image`.
 
     Raises:
       DataError: the folder, the split or the class names are missing, or the data set was
         prepared in another format.
     """
 
-    def __init__(self, root: str | Path, split: str):
+    def __init__(self, root: str | Path, split: str, channels: int = 3):
+        self._channels = channels
         root = Path(root)
         files = [str(path) for path in _shards(root, split)]
         self.class_names: Sequence[str] = _class_names(root)
@@ -56,7 +59,7 @@ class ArrayRecord:
             raise DamagedRecordError(path, f"{type(error).__name__}: {error}") from error
         if not 0 <= label < len(self.class_names):
             raise DamagedRecordError(path, f"label {label} of {len(self.class_names)} classes")
-        return {"image": decode_image(image, path), "label": label}
+        return {"image": decode_image(image, path, self._channels), "label": label}
 
 
 def _shards(root: Path, split: str) -> list[Path]:

@@ -2,7 +2,7 @@
 
 The released recipe: random resized crop, flip, RandAugment (:mod:`vmamba_jax.data.randaugment`),
 normalisation, random erasing; in evaluation a resize to 256/224 of the size and a centre crop.
-A transform turns an RGB image into float32 ``(H, W, 3)``, already normalised. All randomness comes
+A transform turns an image into float32 ``(H, W, C)``, already normalised. All randomness comes
 from the generator it is given, so a sample depends on nothing but the generator's seed.
 """
 
@@ -14,20 +14,20 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image
 
+from vmamba_jax.data.bands import Bands, Picture
+from vmamba_jax.data.errors import DataError
 from vmamba_jax.data.randaugment import RandAugment
+from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Pixels = Float32[np.ndarray, "H W 3"]
+Pixels = Float32[np.ndarray, "H W C"]
 
 
 @runtime_checkable
 class Transform(Protocol):
     """Makes an image ready for the batch; evaluation transforms leave the generator alone."""
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
-        """RGB image to float32 ``(H, W, 3)``."""
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels:
+        """Image to float32 ``(H, W, C)``."""
         ...
 
 
@@ -52,15 +52,19 @@ class TrainTransform:
     flip: float = 0.5
     rand_augment: RandAugment | None = field(default_factory=RandAugment)
     erasing: float = 0.25
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels:
         """Crops, flips, augments, normalises and erases."""
         image = random_resized_crop(image, self.size, self.scale, self.ratio, rng)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.rand_augment is not None:
+            if isinstance(image, Bands):
+                raise DataError(
+                    "RandAugment works on RGB images of 8 bits: choose data.augmentation light."
+                )
             image = self.rand_augment(image, rng)
         return random_erasing(normalize(image, self.mean, self.std), self.erasing, rng)
 
@@ -70,21 +74,28 @@ class EvalTransform:
     """The released evaluation protocol for one image.
 
     Attributes:
-      size: height and width of the result, in pixels.
-      crop: the share of the resized image's shorter side that is kept; 224/256 in the recipe.
+      size: height and width of the result, in pixels; one number for both.
+      crop: the share of the resized image that is kept along its tighter side; 224/256 in the
+        recipe.
       mean: subtracted from each channel, which runs from 0 to 1.
       std: what each channel is then divided by.
     """
 
-    size: int = 224
+    size: int | tuple[int, int] = 224
     crop: float = 224 / 256
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Pixels:
-        """Resizes the shorter side to ``size / crop``, crops the centre and normalises."""
-        image = resize_shorter_side(image, int(self.size / self.crop))
-        return normalize(center_crop(image, self.size), self.mean, self.std)
+    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Pixels:
+        """Resizes to cover ``size / crop``, crops the centre and normalises."""
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        image = resize_to_cover(image, int(height / self.crop), int(width / self.crop))
+        return normalize(center_crop(image, height, width), self.mean, self.std)
+
+    @classmethod
+    def of(cls, steps: Preprocessing) -> "EvalTransform":
+        """The transform that a model's preprocessing describes."""
+        return cls(steps.size, steps.crop, steps.mean, steps.std)
 
 
 @dataclass(frozen=True)
@@ -102,10 +113,10 @@ class DigitsTransform:
     shift: float = 0.06
     degrees: float = 10.0
     scale: float = 0.1
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels:
         """Moves, turns and scales the image about its centre; black where nothing is left."""
         width, height = image.size
         dx, dy, turn, grow = rng.uniform(-1, 1, 4)
@@ -122,12 +133,12 @@ class DigitsTransform:
 
 
 def random_resized_crop(
-    image: Image.Image,
+    image: Picture,
     size: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
-) -> Image.Image:
+) -> Picture:
     """Cuts out a random rectangle and resizes it, bicubic, to ``size`` x ``size``.
 
     The area is uniform in ``scale`` and the aspect ratio log-uniform in ``ratio``; when ten draws
@@ -178,7 +189,7 @@ def random_erasing(
     draws do not fit, nothing is erased.
 
     Args:
-      pixels: ``(H, W, 3)`` float32, normalised; changed in place.
+      pixels: ``(H, W, C)`` float32, normalised; changed in place.
       probability: of erasing at all.
       rng: where the randomness comes from.
       area: least and greatest share of the image that is erased.
@@ -205,32 +216,40 @@ def random_erasing(
     return pixels
 
 
-def resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
-    """Resizes, bicubic, so that the shorter side becomes ``size`` and the shape is kept."""
-    width, height = image.size
-    if width <= height:
-        target = (size, max(1, int(size * height / width)))
+def resize_to_cover(image: Picture, height: int, width: int) -> Picture:
+    """Resizes, bicubic, keeping the shape, to the smallest image that covers a size.
+
+    For a square that brings the shorter side to its length.
+    """
+    own_width, own_height = image.size
+    if width * own_height >= height * own_width:
+        target = (width, max(height, int(width * own_height / own_width)))
     else:
-        target = (max(1, int(size * width / height)), size)
+        target = (max(width, int(height * own_width / own_height)), height)
     return image if target == image.size else image.resize(target, Image.Resampling.BICUBIC)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Cuts out the central ``size`` x ``size`` square of an image at least that large."""
-    width, height = image.size
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+def center_crop(image: Picture, height: int, width: int) -> Picture:
+    """Cuts out the centre of an image at least that large."""
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
-def normalize(
-    image: Image.Image, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> Pixels:
-    """RGB bytes to ``(H, W, 3)`` float32, ``(pixel / 255 - mean) / std``."""
-    scale = 1 / (255 * np.array(std, np.float32))
+def normalize(image: Picture, mean: tuple[float, ...], std: tuple[float, ...]) -> Pixels:
+    """To ``(H, W, C)`` float32, ``(value - mean) / std``, where bytes run from 0 to 1.
+
+    Raises:
+      ValueError: the image has not as many channels as ``mean`` has values.
+    """
+    white = 255 if isinstance(image, Image.Image) else 1
+    scale = 1 / (white * np.array(std, np.float32))
     shift = np.array(mean, np.float32) / np.array(std, np.float32)
     # Whole rows at a time: three channels are too short an inner loop for NumPy, ten times slower.
     width, height = image.size
-    pixels = np.asarray(image).reshape(height, width * 3).astype(np.float32)
+    pixels = np.asarray(image)
+    if pixels.size != height * width * len(mean):
+        raise ValueError(f"an image of shape {pixels.shape} and {len(mean)} values of mean and std")
+    pixels = pixels.reshape(height, width * len(mean)).astype(np.float32)
     pixels *= np.tile(scale, width)
     pixels -= np.tile(shift, width)
-    return pixels.reshape(height, width, 3)
+    return pixels.reshape(height, width, len(mean))

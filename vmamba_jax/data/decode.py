@@ -5,16 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypedDict, runtime_checkable
 
-from PIL import Image
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from vmamba_jax.data.bands import Bands, Picture, is_array, is_tiff, read_array, read_tiff
+from vmamba_jax.data.errors import DamagedRecordError, DataError
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
 """The only Pillow decoders that a data set may reach, whatever its files claim to be."""
 
 
 class Sample(TypedDict):
-    """One example: an RGB image, uint8, and the index of its class."""
+    """One example: an image, and the index of its class."""
 
-    image: Image.Image
+    image: Picture
     label: int
 
 
@@ -35,52 +39,92 @@ class ImageSource(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
-class DataError(ValueError):
-    """A data set that can't be used as it is; the message says what is wrong and what to do."""
+def decode_image(data: bytes | Path, path: str, channels: int = 3) -> Picture:
+    """Decodes one image completely.
 
-
-class DamagedRecordError(Exception):
-    """One record can't be read.
-
-    Attributes:
-      path: the file, or the file and the row, that holds the record.
-      reason: what went wrong.
-    """
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
-
-
-def decode_image(data: bytes | Path, path: str) -> Image.Image:
-    """Decodes one image completely, to RGB.
-
-    EXIF orientation is ignored and transparency is dropped, as torchvision's loader does.
+    EXIF orientation is ignored and, where RGB or grey is asked for, transparency is dropped, as
+    torchvision's loader does.
 
     Args:
-      data: the encoded file: its bytes, or where to read them.
+      data: the encoded file: its bytes, or where to read them. Beside Pillow's formats a NumPy
+        array ``(H, W, C)`` (``.npy``) and a TIFF of any number of bands.
       path: what to call the record if it is damaged.
+      channels: how many are wanted. One grey channel serves for three, and colours for one.
 
     Returns:
-      An RGB image, its pixels in memory.
+      The image, its pixels in memory: RGB for three channels of bytes, else `Bands`. Of a grey
+      image of 16 bits the upper 8 make an RGB image, and all 16 one channel.
 
     Raises:
-      DamagedRecordError: the file is missing, is cut, is no image, has one channel of more than 8
-        bits, or claims to be so large that decoding it would exhaust memory.
+      DamagedRecordError: the file is missing, is cut, is no image, has other channels, or claims
+        to be so large that decoding it would exhaust memory.
+      DataError: it takes a package that is not installed.
     """
     try:
-        stream = io.BytesIO(data) if isinstance(data, bytes) else data
-        with Image.open(stream, formats=_FORMATS) as image:
-            if image.mode in ("F", "I") or image.mode.startswith("I;"):
-                # Pillow would clip them, and nearly every pixel would turn white.
-                raise ValueError(f"{image.mode} pixels: convert it to 8 bits a channel")
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert("RGB")  # Pillow warns about the direct way
-            return image.convert("RGB")
+        try:
+            return _by_pillow(data, channels)
+        except _NotForPillowError as error:
+            head = _head(data)
+            if is_array(head):
+                return _bands(read_array(data), channels)
+            if is_tiff(head):
+                return _bands(read_tiff(data), channels)
+            raise error.__cause__ or ValueError(str(error)) from None
+    except DataError:
+        raise
     # A hostile file can make a decoder raise anything at all.
     except Exception as error:
         raise DamagedRecordError(path, f"{type(error).__name__}: {error}") from error
+
+
+class _NotForPillowError(ValueError):
+    """An image that Pillow can't read, or not as what it is."""
+
+
+def _by_pillow(data: bytes | Path, channels: int) -> Picture:
+    stream = io.BytesIO(data) if isinstance(data, bytes) else data
+    try:
+        image = Image.open(stream, formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise _NotForPillowError(str(error)) from error
+    with image:
+        if channels not in (1, 3):
+            if len(image.getbands()) != channels:
+                raise _NotForPillowError(
+                    f"it has {len(image.getbands())} channels ({image.mode}), not {channels}"
+                )
+            return _bands(np.asarray(image), channels)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+            grey = np.asarray(image).astype(np.uint16)
+            if channels == 3:
+                return Image.fromarray(np.round(grey / 257).astype(np.uint8)).convert("RGB")
+            return _bands(grey, channels)
+        if image.mode == "F" and channels == 1:
+            return _bands(np.asarray(image), channels)
+        if image.mode in ("F", "I"):
+            # Pillow would clip them, and nearly every pixel would turn white.
+            raise ValueError(f"{image.mode} pixels: convert it to 8 or 16 bits a channel")
+        rgb = image
+        if image.mode == "P" and "transparency" in image.info:
+            rgb = image.convert("RGBA")  # Pillow warns about the direct way
+        if channels == 3:
+            return rgb.convert("RGB")
+        return _bands(np.asarray(rgb if rgb.mode == "L" else rgb.convert("RGB").convert("L")), 1)
+
+
+def _head(data: bytes | Path) -> bytes:
+    if isinstance(data, bytes):
+        return data[:8]
+    with data.open("rb") as file:
+        return file.read(8)
+
+
+def _bands(pixels: np.ndarray, channels: int) -> Picture:
+    held = 1 if pixels.ndim == 2 else pixels.shape[-1]
+    if held == 1 and channels == 3:
+        pixels = np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=-1)
+    elif held != channels:
+        raise ValueError(f"it has {held} channels {pixels.shape}, not {channels}")
+    if channels == 3 and pixels.dtype == np.uint8 and pixels.ndim == 3:
+        return Image.fromarray(pixels)
+    return Bands.from_array(pixels)

@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from vmamba_jax.data.decode import DataError, Sample
+from vmamba_jax.data.decode import Sample
+from vmamba_jax.data.errors import DataError
 
 SIZE = 32
 _HELD_OUT_PER_CLASS = 36  # 360 of the 1797 scans
@@ -18,14 +19,17 @@ class Digits:
     Args:
       split: ``"train"`` (1437 scans) or ``"val"`` (360 held out, 36 of each digit, always the
         same ones).
+      channels: 3.
 
     Raises:
-      DataError: no such split, or scikit-learn is missing.
+      DataError: no such split, other channels, or scikit-learn is missing.
     """
 
     class_names = tuple("0123456789")
 
-    def __init__(self, split: str):
+    def __init__(self, split: str, channels: int = 3):
+        if channels != 3:
+            raise DataError(f"The digits are RGB images: set data.channels to 3, not {channels}.")
         if split not in ("train", "val"):
             raise DataError(f"The digits have the splits 'train' and 'val', not {split!r}.")
         try:

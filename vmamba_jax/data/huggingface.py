@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmamba_jax.data.decode import DamagedRecordError, DataError, Sample, decode_image
+from vmamba_jax.data.decode import Sample, decode_image
+from vmamba_jax.data.errors import DamagedRecordError, DataError
 
 
 class HuggingFace:
@@ -18,13 +19,15 @@ class HuggingFace:
         a folder written by ``save_to_disk``, or a data set's name on the Hub
         (``"ILSVRC/imagenet-1k"``).
       split: the split's name, such as ``"train"``.
+      channels: of the images, see `decode_image`.
 
     Raises:
       DataError: ``datasets`` is missing, can't open this, has no such split, or finds no image or
         no label column.
     """
 
-    def __init__(self, root: str | Path, split: str):
+    def __init__(self, root: str | Path, split: str, channels: int = 3):
+        self._channels = channels
         try:
             import datasets  # noqa: PLC0415 (optional, slow to import)
         except ImportError as error:
@@ -67,7 +70,7 @@ class HuggingFace:
             raise DamagedRecordError(path, f"{type(error).__name__}: {error}") from error
         if not 0 <= label < len(self.class_names):
             raise DamagedRecordError(path, f"label {label} of {len(self.class_names)} classes")
-        return {"image": decode_image(data, path), "label": label}
+        return {"image": decode_image(data, path, self._channels), "label": label}
 
     def _column(self, features: Any, kind: type, usual: str) -> str:
         """The only column of a kind, or else the one with the usual name."""

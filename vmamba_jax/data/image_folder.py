@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vmamba_jax.data.decode import DataError, Sample, decode_image
+from vmamba_jax.data.decode import Sample, decode_image
+from vmamba_jax.data.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".npy")
 
 
 class ImageFolder:
@@ -20,12 +21,14 @@ class ImageFolder:
     Args:
       root: the data set's folder.
       split: its sub-folder, such as ``"train"`` or ``"val"``.
+      channels: of the images, see `decode_image`.
 
     Raises:
       DataError: a folder is missing, holds no image, or holds fewer than two classes.
     """
 
-    def __init__(self, root: str | Path, split: str):
+    def __init__(self, root: str | Path, split: str, channels: int = 3):
+        self._channels = channels
         self._folder = Path(root) / split
         self.class_names: Sequence[str] = _class_folders(Path(root), split)
         paths, labels = [], []
@@ -42,7 +45,10 @@ class ImageFolder:
 
     def __getitem__(self, index: int, /) -> Sample:
         path = self._folder / os.fsdecode(self._paths[index])
-        return {"image": decode_image(path, str(path)), "label": int(self._labels[index])}
+        return {
+            "image": decode_image(path, str(path), self._channels),
+            "label": int(self._labels[index]),
+        }
 
 
 def _class_folders(root: Path, split: str) -> list[str]:

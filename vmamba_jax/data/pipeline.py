@@ -26,10 +26,11 @@ import numpy as np
 from absl import flags
 
 from vmamba_jax.data.augment import Transform
-from vmamba_jax.data.decode import DamagedRecordError, DataError, ImageSource
+from vmamba_jax.data.decode import ImageSource
+from vmamba_jax.data.errors import DamagedRecordError, DataError
 
 Batch = dict[str, np.ndarray]
-"""``image`` float32 ``(B, H, W, 3)``, ``label`` int32 ``(B,)``; in evaluation bool ``mask``."""
+"""``image`` float32 ``(B, H, W, C)``, ``label`` int32 ``(B,)``; in evaluation bool ``mask``."""
 
 _logger = logging.getLogger(__name__)
 _HOPELESS = 100  # unreadable records in a row after which the disk is to blame, not the records

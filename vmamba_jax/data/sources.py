@@ -5,8 +5,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from vmamba_jax.data.array_record import ArrayRecord
-from vmamba_jax.data.decode import DamagedRecordError, DataError, ImageSource, Sample
+from vmamba_jax.data.decode import ImageSource, Sample
 from vmamba_jax.data.digits import Digits
+from vmamba_jax.data.errors import DamagedRecordError, DataError
 from vmamba_jax.data.huggingface import HuggingFace
 from vmamba_jax.data.image_folder import ImageFolder
 
@@ -24,30 +25,31 @@ __all__ = [
     "open_source",
 ]
 
-SOURCES: MappingProxyType[str, Callable[[str | Path, str], ImageSource]] = MappingProxyType(
+SOURCES: MappingProxyType[str, Callable[[str | Path, str, int], ImageSource]] = MappingProxyType(
     {
         "image_folder": ImageFolder,
         "array_record": ArrayRecord,
         "huggingface": HuggingFace,
-        "digits": lambda _, split: Digits(split),
+        "digits": lambda _, split, channels: Digits(split, channels),
     }
 )
 
 
-def open_source(kind: str, root: str | Path, split: str) -> ImageSource:
+def open_source(kind: str, root: str | Path, split: str, channels: int = 3) -> ImageSource:
     """Opens one split of a data set.
 
     Args:
       kind: a key of :data:`SOURCES`.
       root: where the data lies; not looked at for ``"digits"``.
       split: the split's name, such as ``"train"``.
+      channels: of the images; 3 for RGB.
 
     Raises:
       DataError: no such kind, or the data can't be used.
     """
     if kind not in SOURCES:
         raise DataError(f"No kind of data {kind!r}: choose one of {', '.join(SOURCES)}.")
-    return SOURCES[kind](root, split)
+    return SOURCES[kind](root, split, channels)
 
 
 def check_same_classes(train: ImageSource, val: ImageSource) -> None:

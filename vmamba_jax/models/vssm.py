@@ -161,7 +161,7 @@ class VSSM(nn.Module):
             name="patch_embed",
         )(images.astype(jnp.float32), train)
         if config.posembed:
-            height, width = config.feature_size(config.imgsize, config.imgsize, stage=0)
+            height, width = config.feature_size(*config.input_size, stage=0)
             shape = (1, height, width, x.shape[-1])
             if x.shape[1:3] != shape[1:3]:
                 raise ValueError(

@@ -1,8 +1,11 @@
 """The command line behind train.py: which command, which preset, one clear error."""
 
+import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -10,10 +13,12 @@ import tyro
 from rich.console import Console
 
 from vmamba_jax._closest import closest
-from vmamba_jax.training.config import PRESETS, EvalConfig, RunConfig
-from vmamba_jax.training.loop import RunError, evaluate_run, train
+from vmamba_jax.training.config import PRESETS, EvalConfig, RunConfig, from_json
+from vmamba_jax.training.evaluate import evaluate_run
+from vmamba_jax.training.loop import train
 from vmamba_jax.training.report import NotFiniteError
-from vmamba_jax.training.sharding import join_processes
+from vmamba_jax.training.sharding import MeshConfig, join_processes
+from vmamba_jax.training.start import RunError
 from vmamba_jax.training.throughput import ThroughputConfig, measure_throughput
 from vmamba_jax.training.topology import CompileConfig, TopologyError, compile_for_topology
 
@@ -29,8 +34,9 @@ _DESCRIPTION = f"""Train a VMamba.
 
 python train.py [COMMAND] [PRESET] [OPTIONS]
 
-Commands: train (the default); eval, the held-out accuracy of a run or of pretrained weights;
-throughput, in images per second; compile, which tells whether a run fits a TPU.
+Commands: train (the default); eval, the held-out accuracy of a run, with the run's own settings,
+or of pretrained weights; throughput, in images per second; compile, which tells whether a run fits
+a TPU.
 Presets: {", ".join(PRESETS)}. Without arguments: train digits, in a few minutes.
 The same command again goes on where a run stopped.
 """
@@ -53,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         join_processes(config.mesh)
         match config:
             case EvalConfig():
-                result = evaluate_run(config, console, which=config.step)
+                result = evaluate_run(config, console)
             case ThroughputConfig():
                 measure_throughput(config, console)
                 return 0
@@ -80,6 +86,8 @@ def _parse(kind: type[Config], command: str, arguments: list[str]) -> Config:
             f"unknown command or preset {preset!r}." + closest(preset, (*_COMMANDS, *PRESETS))
         )
     recipe = PRESETS[preset]
+    if issubclass(kind, EvalConfig):
+        recipe = _settings_of_run(recipe, options)
     default = kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
     return tyro.cli(
         kind,
@@ -88,3 +96,18 @@ def _parse(kind: type[Config], command: str, arguments: list[str]) -> Config:
         prog=f"train.py {command} {preset}",
         description=_DESCRIPTION,
     )
+
+
+def _settings_of_run(recipe: RunConfig, options: list[str]) -> RunConfig:
+    """The settings that a run was trained with, if it is there; else the preset's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run", type=Path, default=recipe.run)
+    run = parser.parse_known_args(options)[0].run
+    try:
+        recipe = from_json(RunConfig, json.loads((run / "config.json").read_text()))
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        raise ValueError(f"{run / 'config.json'}: {error}") from error
+    # Its devices may be others here, and what it started from is not what it came to.
+    return dataclasses.replace(recipe, run=run, mesh=MeshConfig(), init_from=None)

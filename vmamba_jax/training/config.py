@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vmamba_jax._closest import closest
+from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from vmamba_jax.training.optimizer import OptimizerConfig
 from vmamba_jax.training.sharding import MeshConfig
 
@@ -18,14 +19,15 @@ class ModelConfig:
     """Which model is trained.
 
     Attributes:
-        name: a registered model, see `vmamba_jax.list_models`.
+        name: a registered model, see `vmamba_jax.list_models`; by default in fine-tuning the
+            architecture of what it starts from.
         drop_path_rate: stochastic depth of the last block; rises linearly from 0.
         use_checkpoint: recompute each block in the backward pass to save memory.
         dtype: precision of the computation; parameters and optimizer stay float32.
         scan_blocks: run the blocks of a stage in a loop, which compiles much sooner.
     """
 
-    name: str = "vmamba_digits"
+    name: str | None = "vmamba_digits"
     drop_path_rate: float = 0.0
     use_checkpoint: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -41,6 +43,10 @@ class DataConfig:
         root: where they are stored; not used by ``digits``.
         train_split: name of the split to train on.
         val_split: name of the held-out split.
+        channels: of the images: 3 for RGB, 1 for grey, others for ``.npy`` and TIFF files.
+        mean: subtracted from each channel, whose values run from 0 to 1 (floating-point files: as
+            they are); three values serve for any number of channels.
+        std: what each channel is then divided by.
         image_size: height and width that images are brought to, in pixels.
         batch_size: images per update, over all devices and accumulation steps.
         eval_batch_size: images per evaluation batch, over all devices.
@@ -59,6 +65,9 @@ class DataConfig:
     root: Path = Path("data")
     train_split: str = "train"
     val_split: str = "val"
+    channels: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     image_size: int = 32
     batch_size: int = 48
     eval_batch_size: int = 120
@@ -81,8 +90,9 @@ class RunConfig:
         epochs: passes over the training images.
         seed: decides initial weights, order and augmentation.
         init_from: start from these weights: a PyTorch or safetensors file, a converted model's
-            folder or address, or ``released`` for what was released of the model. A head for
-            other classes starts anew.
+            folder or address, another run's folder or one of its checkpoints, the name of a
+            released model, or ``released`` for what was released of the model. A head for other
+            classes starts anew.
         save_every: updates between checkpoints; 0 saves once an epoch.
         eval_every: epochs between evaluations.
         keep: how many of the latest checkpoints are kept, beside the best one.
@@ -109,6 +119,11 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called in messages."""
+        return self.model.name or f"the model of {self.init_from or self.run}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +170,8 @@ PRESETS: dict[str, RunConfig] = {
     "finetune": RunConfig(
         run=Path("runs/finetune"),
         epochs=30.0,
-        init_from="released",
-        model=ModelConfig("vmamba_tiny_s1l8", drop_path_rate=0.1),
+        init_from="vmamba_tiny_s1l8",
+        model=ModelConfig(None, drop_path_rate=0.1),
         data=DataConfig(
             kind="image_folder",
             root=Path("data/photos"),

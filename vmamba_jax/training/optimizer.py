@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vmamba_jax.config import VMambaConfig
-from vmamba_jax.convert.mapping import Weight, weight_table
+from vmamba_jax.config import VMambaConfig, parse_forward_type
+from vmamba_jax.models.parameters import Path, place_of, variable_shapes
 
 PyTree = Any
 
@@ -143,41 +143,45 @@ def make_schedule(
     )
 
 
-def is_decayed(weight: Weight, *, decay_ssm: bool = True) -> bool:
-    """Whether weight decay applies; decided by the PyTorch name and shape, as it was there.
+def is_decayed(path: Path, model: VMambaConfig, *, decay_ssm: bool = True) -> bool:
+    """Whether weight decay applies: to what is no vector in PyTorch, and no position embedding.
 
     Args:
-        weight: the parameter.
+        path: of the parameter in its collection.
+        model: the architecture.
         decay_ssm: False also exempts `A_logs` and the biases of the delta projection.
     """
-    if len(weight.shape) == 1 or weight.key.endswith(".bias") or weight.key == "pos_embed":
-        return False
-    return decay_ssm or weight.key.rsplit(".", 1)[-1] not in ("A_logs", "dt_projs_bias")
+    match path[-1]:
+        case "bias" | "scale" | "pos_embed":
+            return False
+        case "Ds":  # routes and channels in one axis there, but for the Mamba-2 form
+            return parse_forward_type(model.forward_type).operator == "m0"
+        case "A_logs" | "dt_projs_bias":
+            return decay_ssm
+        case _:
+            return True
 
 
-def learning_rate_scale(weight: Weight, config: OptimizerConfig, depths: Sequence[int]) -> float:
+def learning_rate_scale(path: Path, config: OptimizerConfig, depths: Sequence[int]) -> float:
     """How much slower than the head a parameter learns; 0 keeps it as it is.
 
     The patch embedding is layer 0, every block is one layer, a downsampling belongs to the last
     block before it, and the classifier comes last (Bao et al., "BEiT", 2021).
 
     Args:
-        weight: the parameter.
+        path: of the parameter in its collection.
         config: `layer_decay` and `head_only`.
         depths: blocks in each stage.
     """
-    parts = weight.key.split(".")
+    module = path[0]
     if config.head_only:
-        return 1.0 if parts[:2] == ["classifier", "head"] else 0.0
-    last = sum(depths) + 1
-    if parts[0] in ("patch_embed", "pos_embed"):
+        return 1.0 if module == "head" else 0.0
+    layer = last = sum(depths) + 1
+    if module in ("patch_embed", "pos_embed"):
         layer = 0
-    elif parts[0] == "layers":
-        stage = int(parts[1])
-        done = sum(depths[:stage])
-        layer = done + (depths[stage] if parts[2] == "downsample" else int(parts[3]) + 1)
-    else:
-        layer = last
+    elif (place := place_of(module)) is not None:
+        stage, block = place
+        layer = sum(depths[:stage]) + (depths[stage] if block is None else block + 1)
     return config.layer_decay ** (last - layer)
 
 
@@ -250,14 +254,13 @@ def make_optimizer(
     Returns:
         An optax transformation; call ``update(grads, state, params, learning_rate=...)``.
     """
-    weights = [weight for weight in weight_table(model_config) if weight.path[0] == "params"]
+    params = [path[1:] for path in variable_shapes(model_config) if path[0] == "params"]
 
-    def each(function: Callable[[Weight], Any]) -> PyTree:
-        values = {weight.path[1:]: function(weight) for weight in weights}
-        return flax.traverse_util.unflatten_dict(values)
+    def each(function: Callable[[Path], Any]) -> PyTree:
+        return flax.traverse_util.unflatten_dict({path: function(path) for path in params})
 
-    decayed = each(lambda weight: is_decayed(weight, decay_ssm=config.decay_ssm))
-    scales = each(lambda weight: learning_rate_scale(weight, config, model_config.depths))
+    decayed = each(lambda path: is_decayed(path, model_config, decay_ssm=config.decay_ssm))
+    scales = each(lambda path: learning_rate_scale(path, config, model_config.depths))
     return optax.chain(
         _freeze(scales),
         clip_by_global_norm(config.clip_norm),

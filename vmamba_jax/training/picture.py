@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vmamba_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from vmamba_jax.preprocessing import Preprocessing
 
 
 def draw_run(
@@ -16,16 +16,18 @@ def draw_run(
     labels: np.ndarray,
     predictions: np.ndarray,
     class_names: Sequence[str],
+    preprocessing: Preprocessing,
 ) -> None:
     """Writes a PNG with loss and accuracy curves over a grid of held-out images.
 
     Args:
         path: the file to write.
         rows: of the metrics file.
-        images: (M, H, W, 3) float32, normalised as the pipeline does.
+        images: (M, H, W, C) float32, normalised as the pipeline does.
         labels: (M,) true classes.
         predictions: (M,) predicted classes.
         class_names: names of the classes.
+        preprocessing: what the images went through.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -58,7 +60,10 @@ def draw_run(
     if held_out:
         accuracy_axes.set_title(f"last: {100 * held_out[-1]['accuracy']:.2f}%")
 
-    pixels = np.clip(images * np.array(IMAGENET_STD) + np.array(IMAGENET_MEAN), 0, 1)
+    pixels = images * np.array(preprocessing.std) + np.array(preprocessing.mean)
+    if pixels.shape[-1] != 3:  # grey, by what all channels have in common
+        pixels = np.repeat(pixels.mean(axis=-1, keepdims=True), 3, axis=-1)
+    pixels = np.clip(pixels, 0, 1)
     cells = bottom.subplots(grid_rows, columns, squeeze=False).ravel()
     for cell in cells:
         cell.set_axis_off()

@@ -1,15 +1,14 @@
 """From a configuration to the objects of a run: sources, batches, model, optimizer, step."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vmamba_jax.convert.pretrained import load_pretrained
+from vmamba_jax.config import VMambaConfig
 from vmamba_jax.data import (
     BatchIterator,
     DigitsTransform,
@@ -23,12 +22,11 @@ from vmamba_jax.data import (
     train_iterator,
 )
 from vmamba_jax.models.vssm import VSSM
-from vmamba_jax.registry import model_config
+from vmamba_jax.preprocessing import Preprocessing, for_channels
 from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
 from vmamba_jax.training.state import TrainState, abstract_variables, make_state
 from vmamba_jax.training.step import Augment, Batch, TrainStep, make_train_step
-from vmamba_jax.typing import Variables
 
 
 class Sources(NamedTuple):
@@ -45,21 +43,27 @@ def open_sources(config: DataConfig) -> Sources:
         DataError: if the data can't be used.
     """
     sources = Sources(
-        open_source(config.kind, config.root, config.train_split),
-        open_source(config.kind, config.root, config.val_split),
+        open_source(config.kind, config.root, config.train_split, config.channels),
+        open_source(config.kind, config.root, config.val_split, config.channels),
     )
     check_same_classes(*sources)
     return sources
 
 
-def build_model(config: ModelConfig, *, num_classes: int, image_size: int) -> VSSM:
+def build_model(config: RunConfig, architecture: VMambaConfig, *, num_classes: int) -> VSSM:
     """The model that a run trains; no parameters are made."""
-    architecture = model_config(config.name).replace(
+    architecture = architecture.replace(
         num_classes=num_classes,
-        imgsize=image_size,
-        drop_path_rate=config.drop_path_rate,
-        use_checkpoint=config.use_checkpoint,
+        imgsize=config.data.image_size,
+        in_chans=config.data.channels,
+        drop_path_rate=config.model.drop_path_rate,
+        use_checkpoint=config.model.use_checkpoint,
     )
+    return as_in_run(config.model, architecture)
+
+
+def as_in_run(config: ModelConfig, architecture: VMambaConfig) -> VSSM:
+    """A module of an architecture, computing as a run does."""
     return VSSM(
         architecture,
         dtype=jnp.dtype(config.dtype),
@@ -90,12 +94,14 @@ def build_augment(config: DataConfig, num_classes: int, accumulation_steps: int 
 def train_batches(config: RunConfig, source: ImageSource) -> BatchIterator:
     """This process's part of the endless training batches."""
     data = config.data
+    steps = preprocessing_of(data)
+    values: Any = {"mean": steps.mean, "std": steps.std}
     transform = {
-        "released": TrainTransform(size=data.image_size),
+        "released": TrainTransform(size=data.image_size, **values),
         "light": TrainTransform(
-            size=data.image_size, scale=(0.5, 1.0), rand_augment=None, erasing=0.0
+            size=data.image_size, scale=(0.5, 1.0), rand_augment=None, erasing=0.0, **values
         ),
-        "digits": DigitsTransform(),
+        "digits": DigitsTransform(**values),
     }[data.augmentation]
     return train_iterator(
         source,
@@ -109,29 +115,22 @@ def train_batches(config: RunConfig, source: ImageSource) -> BatchIterator:
     )
 
 
+def preprocessing_of(config: DataConfig) -> Preprocessing:
+    """What a held-out image goes through."""
+    mean, std = (for_channels(values, config.channels) for values in (config.mean, config.std))
+    return Preprocessing(config.image_size, config.eval_crop, mean, std)
+
+
 def held_out_batches(config: DataConfig, source: ImageSource) -> BatchIterator:
     """This process's part of one pass over the held-out images."""
     return eval_batches(
         source,
-        EvalTransform(size=config.image_size, crop=config.eval_crop),
+        EvalTransform.of(preprocessing_of(config)),
         batch_size=config.eval_batch_size // jax.process_count(),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         worker_count=config.workers,
         damaged_is_fatal=config.damaged_is_fatal,
-    )
-
-
-def starting_weights(config: RunConfig, model: VSSM) -> Variables:
-    """The weights that `config.init_from` names, with a new head where the classes differ.
-
-    Raises:
-        CheckpointError: if there are none, or they are of another model.
-    """
-    source = config.init_from
-    assert source is not None
-    return load_pretrained(
-        True if source == "released" else source, model.config, config.model.name, config.seed
     )
 
 
@@ -153,11 +152,13 @@ class Learner(NamedTuple):
     params: object
 
 
-def build_learner(config: RunConfig, *, num_classes: int, mesh: Mesh) -> Learner:
+def build_learner(
+    config: RunConfig, architecture: VMambaConfig, *, num_classes: int, mesh: Mesh
+) -> Learner:
     """Builds model, optimizer and update; needs neither data nor the mesh's devices."""
     size = config.data.image_size
-    image_shape = (size, size, 3)
-    model = build_model(config.model, num_classes=num_classes, image_size=size, mesh=mesh)
+    image_shape = (size, size, config.data.channels)
+    model = build_model(config, architecture, num_classes=num_classes)
     params = abstract_variables(model, image_shape)["params"]
     optimizer = make_optimizer(config.optimizer, model.config)
     steps, ema_decay = config.optimizer.accumulation_steps, config.optimizer.ema_decay
@@ -176,26 +177,4 @@ def build_learner(config: RunConfig, *, num_classes: int, mesh: Mesh) -> Learner
             accumulation_steps=steps,
         ),
         params=params,
-    )
-
-
-def identity_of(config: RunConfig) -> RunConfig:
-    """The part of a configuration that an interrupted run must be resumed with.
-
-    Everything else (where the data lies, how many devices and workers there are, how long the run
-    is, what is logged) may change.
-    """
-    blank = RunConfig()
-    return dataclasses.replace(
-        blank,
-        seed=config.seed,
-        model=config.model,
-        optimizer=config.optimizer,
-        data=dataclasses.replace(
-            config.data,
-            root=blank.data.root,
-            workers=blank.data.workers,
-            eval_batch_size=blank.data.eval_batch_size,
-            damaged_is_fatal=blank.data.damaged_is_fatal,
-        ),
     )

@@ -1,7 +1,7 @@
 """Everything that training changes, as one tree that is born sharded."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -17,6 +17,8 @@ from vmamba_jax.typing import Variables
 PyTree = Any
 Leaf = Any
 """An array, or what stands for it: its shape and dtype, or its sharding."""
+
+_NEITHER_WEIGHTS_NOR_AVERAGE = ("step", "opt_state", "rng", "skipped", "skipped_in_a_row")
 
 
 @flax.struct.dataclass
@@ -34,8 +36,8 @@ class TrainState:
     """
 
     step: Leaf
-    variables: Variables
-    ema: Variables | None
+    variables: PyTree
+    ema: PyTree
     opt_state: PyTree
     rng: Leaf
     skipped: Leaf
@@ -45,6 +47,17 @@ class TrainState:
     def weights(self) -> Variables:
         """The weights to use: the moving average where there is one."""
         return self.variables if self.ema is None else self.ema
+
+    def items(self) -> dict[str, PyTree]:
+        """The state by the items of a checkpoint."""
+        average = {} if self.ema is None else {"ema": self.ema}
+        training = {name: getattr(self, name) for name in _NEITHER_WEIGHTS_NOR_AVERAGE}
+        return {"variables": self.variables, **average, "training": training}
+
+    @classmethod
+    def from_items(cls, items: Mapping[str, PyTree]) -> "TrainState":
+        """The state that `items` returned."""
+        return cls(variables=items["variables"], ema=items.get("ema"), **items["training"])
 
 
 def abstract_variables(model: nn.Module, image_shape: tuple[int, int, int]) -> Variables:

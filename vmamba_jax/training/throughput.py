@@ -12,6 +12,7 @@ from rich.console import Console
 from vmamba_jax.training.config import RunConfig
 from vmamba_jax.training.setup import build_model
 from vmamba_jax.training.sharding import batch_sharding, check_batch_size, make_mesh, replicated
+from vmamba_jax.training.start import architecture_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,13 @@ def measure_throughput(
     mesh = make_mesh(config.mesh)
     check_batch_size(config.images, mesh)
     size = config.data.image_size
-    model = build_model(config.model, num_classes=config.num_classes, image_size=size, mesh=mesh)
+    architecture = architecture_of(config)
+    model = build_model(config, architecture, num_classes=config.num_classes)
 
     def noise() -> jax.Array:
-        return jax.random.normal(jax.random.key(0), (config.images, size, size, 3))
+        return jax.random.normal(
+            jax.random.key(0), (config.images, size, size, config.data.channels)
+        )
 
     def loss(params: Any, others: Any, images: jax.Array) -> jax.Array:
         logits: Any
@@ -86,7 +90,7 @@ def measure_throughput(
             seconds = _seconds(compiled, (variables, images), config)
             speeds[name] = config.images / seconds
             console.print(
-                f"{config.model.name}, {config.model.dtype}, {name.replace('_', ' + ')}: "
+                f"{config.model_name}, {config.model.dtype}, {name.replace('_', ' + ')}: "
                 f"{speeds[name]:.1f} img/s ({config.images} images of {size}x{size} in "
                 f"{1000 * seconds:.1f} ms on {mesh.size} {mesh.devices.flat[0].device_kind})",
                 soft_wrap=True,

@@ -24,6 +24,7 @@ from rich.table import Table
 from vmamba_jax.training.config import RunConfig, to_json
 from vmamba_jax.training.setup import build_learner
 from vmamba_jax.training.sharding import batch_sharding, check_batch_size, make_mesh, replicated
+from vmamba_jax.training.start import architecture_of
 from vmamba_jax.training.state import abstract_state
 
 _GIB = 2**30
@@ -76,7 +77,9 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
     check_batch_size(config.data.batch_size, mesh, config.optimizer.accumulation_steps)
     # The kinds of device say how to scan; the devices themselves can't hold as much as a constant.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        learner = build_learner(config, num_classes=config.num_classes, mesh=mesh)
+        learner = build_learner(
+            config, architecture_of(config), num_classes=config.num_classes, mesh=mesh
+        )
         state = abstract_state(learner.init, mesh)
     size, batch_size = config.data.image_size, config.data.batch_size
 
@@ -84,7 +87,7 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
     batch = {
-        "image": split((batch_size, size, size, 3), jnp.float32),
+        "image": split((batch_size, size, size, config.data.channels), jnp.float32),
         "label": split((batch_size,), jnp.int32),
     }
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
@@ -118,7 +121,7 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
         "topology": config.topology,
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
-        "model": config.model.name,
+        "model": config.model_name,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(learner.params)),
         "global_batch": batch_size,
         "images_per_chip": batch_size // mesh.size,
