@@ -28,6 +28,14 @@ class Evaluation(NamedTuple):
     loss: float
     images: int
 
+    def metrics(self) -> dict[str, float]:
+        """What is kept of it beside the weights."""
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_top5": self.accuracy_top5,
+            "val_loss": self.loss,
+        }
+
 
 def evaluate(
     eval_step: EvalStep,

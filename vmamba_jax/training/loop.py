@@ -14,6 +14,7 @@ from rich.console import Console
 from vmamba_jax.checkpoint import Checkpoints
 from vmamba_jax.data import ImageSource, batches_per_epoch
 from vmamba_jax.errors import CheckpointError
+from vmamba_jax.run_folder import choose_step
 from vmamba_jax.training.config import RunConfig, differences, from_json, to_json
 from vmamba_jax.training.evaluate import Evaluation, evaluate
 from vmamba_jax.training.interrupt import StopRequest
@@ -80,9 +81,10 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
     learner = build_learner(config, num_classes=len(sources.train.class_names), mesh=mesh)
     eval_step = make_eval_step(learner.model, mesh)
 
-    def held_out(state: TrainState) -> Evaluation:
-        with closing(held_out_batches(config.data, sources.val)) as batches:
-            return evaluate(eval_step, state.weights, batches, mesh)
+    def due(step: int) -> bool:
+        """Whether an update ends with an evaluation."""
+        epoch, batch_of_epoch = divmod(step, steps_per_epoch)
+        return step == total or (not batch_of_epoch and epoch % config.eval_every == 0)
 
     with (
         jax.set_mesh(mesh),
@@ -102,6 +104,13 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
         if primary:
             (config.run / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
 
+        def held_out(step: int, state: TrainState) -> Evaluation:
+            """Evaluates the state that was saved last."""
+            with closing(held_out_batches(config.data, sources.val)) as batches:
+                found = evaluate(eval_step, state.weights, batches, mesh)
+            checkpoints.record(step, found.metrics())
+            return found
+
         result = None
         if start < total:
             with (
@@ -110,6 +119,8 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
                     config, console, start=start, total=total, steps_per_epoch=steps_per_epoch
                 ) as report,
             ):
+                if start and due(start) and not checkpoints.metrics(start):
+                    report.held_out(start, held_out(start, state))  # its evaluation was cut short
                 for step in range(start + 1, total + 1):
                     if config.profile and step - start == _PROFILED[0]:
                         jax.profiler.start_trace(str(config.run / "profile"))
@@ -123,32 +134,23 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
                         jax.profiler.stop_trace()
 
                     stopping = stop.reached(step)
-                    last = step == total
-                    epoch, batch_of_epoch = divmod(step, steps_per_epoch)
-                    result = None
-                    if last or (not batch_of_epoch and epoch % config.eval_every == 0):
-                        report.flush()
-                        result = held_out(state)
-                        report.held_out(step, result)
-                    save_every = config.save_every or steps_per_epoch
-                    if last or stopping or step % save_every == 0:
+                    if stopping or due(step) or step % (config.save_every or steps_per_epoch) == 0:
                         report.sync()
-                        checkpoints.save(
-                            state,
-                            data_iterator=batches,
-                            config=to_json(config),
-                            accuracy=result.accuracy if result else None,
-                        )
-                    if stopping and not last:
+                        checkpoints.save(state, data_iterator=batches, config=to_json(config))
+                    if stopping and step < total:
                         checkpoints.wait()
                         console.print(
                             f"stopped by {stop.name} after update {step} of {total}: it is saved, "
                             "and the same command goes on from there"
                         )
                         return None
+                    if due(step):  # after the save, which a fault in here must not cost
+                        with report.paused():
+                            result = held_out(step, state)
+                        report.held_out(step, result)
             checkpoints.wait()
         if result is None:
-            result = held_out(state)
+            result = held_out(start, state)
         if jax.process_count() == 1:
             _draw(config, sources.val, eval_step, state, mesh, console)
         return result
@@ -182,8 +184,7 @@ def evaluate_run(
             console.print(f"weights: {config.init_from}", soft_wrap=True)
         elif folder.exists():
             with Checkpoints(folder, read_only=True) as checkpoints:
-                named = {"latest": checkpoints.latest_step, "best": checkpoints.best_step}
-                step = named[which] if which in named else int(which)
+                step = choose_step(folder, which)
                 _check_same_run(config, checkpoints.config(step))
                 variables = checkpoints.restore_weights(
                     abstract.variables, average=abstract.ema is not None, step=step

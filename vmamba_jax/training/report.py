@@ -1,6 +1,8 @@
 """What a person sees of a run while it goes: the progress bar, the log lines, the metrics file."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import jax
@@ -136,9 +138,7 @@ class Report:
             {
                 "step": step,
                 "epoch": epoch,
-                "val_loss": result.loss,
-                "accuracy": result.accuracy,
-                "accuracy_top5": result.accuracy_top5,
+                **result.metrics(),
             }
         )
         self._console.print(
@@ -152,6 +152,9 @@ class Report:
         self.flush()
         self._log.sync()
 
-    def resume_clock(self, step: int) -> None:
-        """Leaves the time since the last update out of the speed."""
-        self._lap_step, self._lap_time = step, time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time spent inside out of the speed of training."""
+        start = time.perf_counter()
+        yield
+        self._lap_time += time.perf_counter() - start
