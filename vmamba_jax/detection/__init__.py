@@ -1,0 +1,1 @@
+"""Mask R-CNN on a VMamba: object detection and instance segmentation."""
