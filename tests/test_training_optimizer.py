@@ -122,7 +122,7 @@ def test_clipping_divides_by_the_norm_plus_a_millionth() -> None:
 def test_layer_decay_slows_each_earlier_block_by_one_factor() -> None:
     model = model_config("vmamba_tiny_s1l8")
     config = OptimizerConfig(layer_decay=0.5)
-    scales = {w.key: learning_rate_scale(w, config, model.depths) for w in weight_table(model)}
+    scales = {w.key: learning_rate_scale(w.path, config, model.depths) for w in weight_table(model)}
     assert scales["classifier.head.weight"] == scales["classifier.norm.weight"] == 1.0
     assert scales["layers.3.blocks.1.norm.weight"] == 0.5
     assert scales["layers.3.blocks.0.norm.weight"] == 0.25

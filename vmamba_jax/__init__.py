@@ -1,9 +1,15 @@
 """VMamba, the visual state space model, in functional Flax."""
 
 from vmamba_jax.config import VMambaConfig
-from vmamba_jax.models import SS2D, VSSM, VSSBlock
+from vmamba_jax.models import SS2D, VSSM, VSSBlock, VSSMBackbone
 from vmamba_jax.ops import selective_scan
-from vmamba_jax.registry import create_model, list_models, model_config, register_model
+from vmamba_jax.registry import (
+    create_backbone,
+    create_model,
+    list_models,
+    model_config,
+    register_model,
+)
 
 __version__ = "0.1.0"
 
@@ -12,7 +18,9 @@ __all__ = [
     "VSSM",
     "VMambaConfig",
     "VSSBlock",
+    "VSSMBackbone",
     "__version__",
+    "create_backbone",
     "create_model",
     "list_models",
     "model_config",

@@ -22,8 +22,8 @@ _BLOCK = re.compile(
 _STEM = re.compile(r"(?:^|\.)((patch_embed|embeddings)\.)")
 # First components of a VMamba's names; what else lies under its prefix is another network's.
 _PARTS = {
-    "patch_embed": {"patch_embed", "pos_embed", "layers", "norm", "head", "classifier"},
-    "embeddings": {"embeddings", "encoder", "layernorm", "classifier"},
+    "patch_embed": re.compile(r"(patch_embed|pos_embed|layers|norm|head|classifier|outnorm\d+)\."),
+    "embeddings": re.compile(r"(embeddings|encoder|layernorm|classifier)\."),
 }
 _BESIDE = ("total_ops", "total_params")  # buffers that FLOP counters leave in every module
 _DEPTH = 4  # of entries in entries
@@ -114,7 +114,7 @@ def _take(path: tuple[Any, ...], entry: Mapping[Any, Any], prefix: str, stem: st
             inner = "classifier." + name[len(head) :]
         if (
             inner is None
-            or inner.partition(".")[0] not in _PARTS[stem]
+            or not _PARTS[stem].match(f"{inner}.")
             or inner.rpartition(".")[2] in _BESIDE
         ):
             beside.append(str(name)[:_LONGEST])

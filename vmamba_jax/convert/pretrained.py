@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import logging
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -26,9 +28,10 @@ from rich.progress import (
 
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.artifact import save_model
+from vmamba_jax.convert.backbone import backbone_from_torch
 from vmamba_jax.convert.identity import describe_difference, differing_fields
 from vmamba_jax.convert.mapping import from_torch
-from vmamba_jax.convert.source import read_weights, sha256
+from vmamba_jax.convert.source import Weights, read_backbone, read_weights, sha256
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.typing import Variables
 
@@ -36,6 +39,8 @@ _ATTEMPTS = 5
 _TIMEOUT = 30.0  # seconds without a byte
 _PAUSE = 1.0  # seconds before the second attempt, doubled each time
 _CHUNK = 1 << 20
+
+_logger = logging.getLogger(__name__)
 
 
 class Release(NamedTuple):
@@ -92,6 +97,52 @@ def load_pretrained(
         CheckpointError: there is no such checkpoint, or it is damaged or of another architecture.
         OSError: it can't be read, or fetched and kept.
     """
+    source, path = _resolve(source, name)
+    weights = read_weights(
+        path, num_classes=config.num_classes, image_size=config.imgsize, seed=seed
+    )
+    return _fill(source, weights, config, name, lambda: from_torch(weights.state_dict, config))
+
+
+def load_backbone(
+    source: Literal[True] | str | os.PathLike[str],
+    config: VMambaConfig,
+    name: str,
+    out_indices: Sequence[int],
+) -> Variables:
+    """Trained weights for a backbone, from a classifier's, segmenter's or detector's checkpoint.
+
+    Norms of the maps that the checkpoint has not start anew; a log message names them.
+
+    Args:
+        source: as `load_pretrained` takes it.
+        config: the architecture to fill.
+        name: the model's name.
+        out_indices: the stages whose maps are asked for.
+
+    Returns:
+        float32 NumPy variables for ``VSSMBackbone(config, out_indices).apply``.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged or of another architecture.
+        OSError: it can't be read, or fetched and kept.
+    """
+    source, path = _resolve(source, name)
+    weights = read_backbone(path, out_indices)
+    new = sorted({c.target.partition(".")[0] for c in weights.changes if c.action == "initialised"})
+    if new:
+        _logger.warning("%s: it has no %s; they start anew", source, ", ".join(new))
+    return _fill(
+        source,
+        weights,
+        config,
+        name,
+        lambda: backbone_from_torch(weights.state_dict, config, out_indices),
+    )
+
+
+def _resolve(source: Literal[True] | str | os.PathLike[str], name: str) -> tuple[str, Path]:
+    """The source's path or address, and where its file or folder lies here."""
     if isinstance(source, bool):
         if name not in RELEASES:
             raise CheckpointError(
@@ -101,15 +152,22 @@ def load_pretrained(
         source = RELEASES[name].url
     source = os.fspath(source)
     is_url = source.startswith(("http://", "https://"))
-    path = cached_model(source) if is_url else Path(source)
-    weights = read_weights(
-        path, num_classes=config.num_classes, image_size=config.imgsize, seed=seed
-    )
+    return source, cached_model(source) if is_url else Path(source)
+
+
+def _fill(
+    source: str,
+    weights: Weights,
+    config: VMambaConfig,
+    name: str,
+    convert: Callable[[], Variables],
+) -> Variables:
+    """The variables, or an error that says what the source holds instead of `name`."""
     stated = {
         field: getattr(weights.config, field) for field in weights.provenance.get("stated", [])
     }
     try:
-        variables = from_torch(weights.state_dict, config)
+        variables = convert()
     except ValueError as error:
         what = describe_difference(weights.config, name, config)
         raise CheckpointError(
@@ -118,7 +176,7 @@ def load_pretrained(
     # What the weights leave open and the file states is not replaced silently.
     if differing_fields(config.replace(**stated), config):
         what = describe_difference(config.replace(**stated), name, config)
-        raise CheckpointError(f"{source} is {what}: give create_model the file's own fields")
+        raise CheckpointError(f"{source} is {what}: ask for the file's own fields")
     return variables
 
 

@@ -1,8 +1,10 @@
 """Weights from any file we know, brought to today's names, with a report of what was done."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.adapt import replace_head, resize_position_embedding
 from vmamba_jax.convert.artifact import load_model
+from vmamba_jax.convert.backbone import as_backbone, as_classifier, backbone_from_torch
 from vmamba_jax.convert.hugging_face import Port, is_port, load_port
 from vmamba_jax.convert.layout import WeightChoice, find_weights
 from vmamba_jax.convert.mapping import from_torch, infer_config, is_counter, to_torch
@@ -72,14 +75,10 @@ def read_weights(
         OSError: if the file can't be opened.
     """
     path = Path(path)
-    try:
-        if path.suffix == ".distcp" or (path / ".metadata").exists():
-            raise CheckpointError(SHARDS)
-        if path.is_dir() and not is_port(path):
-            read = _read_saved_model(path)
-        else:
-            read = _read_file(path, weights, entry, prefix)
-        config, state_dict, new_head, resized = read.config, read.state_dict, [], []
+    with _naming(path):
+        read = _read(path, weights, entry, prefix)
+        state_dict, kept = as_classifier(read.state_dict, read.changes)
+        config, new_head, resized = read.config, [], []
         if num_classes is not None:
             config = config.replace(num_classes=num_classes)
             state_dict, new_head = replace_head(state_dict, num_classes, seed)
@@ -88,14 +87,8 @@ def read_weights(
             side = image_size // config.patch_size
             state_dict, resized = resize_position_embedding(state_dict, side)
         from_torch(state_dict, config)  # strict: every missing, unexpected or misshapen key
-    except CheckpointError as error:
-        message = str(error)
-        prefix = "" if message.startswith(str(path)) else f"{path}: "
-        raise CheckpointError(prefix + message) from error
-    except (ValueError, OverflowError) as error:  # sizes that JAX has no numbers for
-        raise CheckpointError(f"{path}: {error}") from error
     changed = {change.target or change.source for change in new_head + resized}
-    changes = [change for change in read.changes if change.target not in changed]
+    changes = [change for change in kept if change.target not in changed]
     return dataclasses.replace(
         read,
         state_dict=state_dict,
@@ -104,6 +97,66 @@ def read_weights(
         changes=changes + new_head + resized,
         class_names=None if new_head else read.class_names,
     )
+
+
+def read_backbone(
+    path: str | os.PathLike[str],
+    out_indices: Sequence[int] | None = None,
+    weights: WeightChoice = "auto",
+    *,
+    entry: str | None = None,
+    prefix: str | None = None,
+) -> Weights:
+    """Reads the backbone in any file that `read_weights` takes.
+
+    Args:
+        path: the file or folder.
+        out_indices: the stages whose maps are asked for, of those that there are; None: all.
+        weights: which ones, where a training run saved two; see `find_weights`.
+        entry: the entry of the file that holds the model, where several do; see `find_weights`.
+        prefix: what the model's names begin with, where an entry holds several.
+
+    Returns:
+        The weights of ``VSSMBackbone(config, out_indices)``. A norm of a map that the file has not
+        is new, with its scale at one, and listed as initialised.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it.
+        OSError: if the file can't be opened.
+    """
+    path = Path(path)
+    with _naming(path):
+        read = _read(path, weights, entry, prefix)
+        config = read.config.replace(num_classes=0, posembed=False)
+        stages = range(len(config.depths))
+        out_indices = [i for i in stages if out_indices is None or i in out_indices]
+        state_dict, changes = as_backbone(read.state_dict, read.changes, config, out_indices)
+        backbone_from_torch(state_dict, config, out_indices)  # strict
+    return dataclasses.replace(
+        read, state_dict=state_dict, config=config, changes=changes, class_names=None
+    )
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name before whatever is wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        message = str(error)
+        prefix = "" if message.startswith(str(path)) else f"{path}: "
+        raise CheckpointError(prefix + message) from error
+    except (ValueError, OverflowError) as error:  # sizes that JAX has no numbers for
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read(path: Path, weights: WeightChoice, entry: str | None, prefix: str | None) -> Weights:
+    """All of a file's VMamba, whatever it is the part of."""
+    if path.suffix == ".distcp" or (path / ".metadata").exists():
+        raise CheckpointError(SHARDS)
+    if path.is_dir() and not is_port(path):
+        return _read_saved_model(path)
+    return _read_file(path, weights, entry, prefix)
 
 
 def _beside_float32(state_dict: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -149,10 +202,8 @@ def _read_file(path: Path, weights: WeightChoice, entry: str | None, prefix: str
     ):
         raise CheckpointError("damaged: its tensors are views of one another, larger than the file")
     state_dict, changes = standard_names(found.tensors)
+    changes = [change._replace(source=found.prefix + change.source) for change in changes]
     changes += [Change(name, "", "left out", why) for name, why in found.left_out.items()]
-    if "classifier.norm.weight" not in state_dict and "classifier.head.weight" not in state_dict:
-        filled, identity = _identity_norm(state_dict)
-        state_dict, changes = state_dict | filled, changes + identity
     stated = {**found.config_fields, **config_fields}
     config = infer_config(state_dict).replace(**stated)
     if class_names is not None and len(class_names) != config.num_classes:
@@ -167,22 +218,6 @@ def _read_file(path: Path, weights: WeightChoice, entry: str | None, prefix: str
         "stated": sorted(stated),
     }
     return Weights(state_dict, config, provenance, changes, class_names)
-
-
-def _identity_norm(
-    state_dict: dict[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], list[Change]]:
-    """A backbone has no classifier; its features need none, and pooling needs its norm's shape."""
-    last = max((key for key in state_dict if key.endswith("blocks.0.norm.weight")), default=None)
-    if last is None:
-        return {}, []
-    dim = state_dict[last].shape[0]
-    norm = {
-        "classifier.norm.weight": np.ones(dim, np.float32),
-        "classifier.norm.bias": np.zeros(dim, np.float32),
-    }
-    why = "a backbone without classifier; its stages' features are exact"
-    return norm, [Change("", key, "initialised", why) for key in norm]
 
 
 def sha256(*paths: Path) -> str:

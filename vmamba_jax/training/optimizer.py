@@ -16,6 +16,7 @@ import optax
 
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.mapping import Weight, weight_table
+from vmamba_jax.models.backbone import layer_index
 
 PyTree = Any
 
@@ -39,6 +40,8 @@ class OptimizerConfig:
         accumulation_steps: parts that a batch is split into, one after another, to save memory.
         layer_decay: each earlier block learns this much slower than the next; 1 is off.
         head_only: train the classifier's last layer alone.
+        frozen_stages: keep the patch embedding and so many first stages as they are, each with
+            the downsampling after it; 0 trains all. Norms of a backbone's maps are trained.
     """
 
     learning_rate: float = 5e-4
@@ -54,6 +57,7 @@ class OptimizerConfig:
     accumulation_steps: int = 1
     layer_decay: float = 1.0
     head_only: bool = False
+    frozen_stages: int = 0
 
     def __post_init__(self) -> None:
         """Refuses values that can't train."""
@@ -67,6 +71,7 @@ class OptimizerConfig:
             (not 0 <= self.ema_decay < 1, "ema_decay must lie in [0, 1)"),
             (self.accumulation_steps < 1, "accumulation_steps must be at least 1"),
             (not 0 < self.layer_decay <= 1, "layer_decay must lie in (0, 1]"),
+            (self.frozen_stages < 0, "frozen_stages can't be negative"),
         )
         for failed, message in problems:
             if failed:
@@ -155,30 +160,40 @@ def is_decayed(weight: Weight, *, decay_ssm: bool = True) -> bool:
     return decay_ssm or weight.key.rsplit(".", 1)[-1] not in ("A_logs", "dt_projs_bias")
 
 
-def learning_rate_scale(weight: Weight, config: OptimizerConfig, depths: Sequence[int]) -> float:
+def learning_rate_scale(
+    path: Sequence[str], config: OptimizerConfig, depths: Sequence[int]
+) -> float:
     """How much slower than the head a parameter learns; 0 keeps it as it is.
 
-    The patch embedding is layer 0, every block is one layer, a downsampling belongs to the last
-    block before it, and the classifier comes last (Bao et al., "BEiT", 2021).
-
     Args:
-        weight: the parameter.
-        config: `layer_decay` and `head_only`.
+        path: names from the root of the parameters to the leaf; see `layer_index`.
+        config: `layer_decay`, `frozen_stages` and `head_only`.
         depths: blocks in each stage.
     """
-    parts = weight.key.split(".")
+    layer = layer_index(path, depths)
     if config.head_only:
-        return 1.0 if parts[:2] == ["classifier", "head"] else 0.0
-    last = sum(depths) + 1
-    if parts[0] in ("patch_embed", "pos_embed"):
-        layer = 0
-    elif parts[0] == "layers":
-        stage = int(parts[1])
-        done = sum(depths[:stage])
-        layer = done + (depths[stage] if parts[2] == "downsample" else int(parts[3]) + 1)
-    else:
-        layer = last
-    return config.layer_decay ** (last - layer)
+        return float("head" in path)
+    if layer <= sum(depths[: config.frozen_stages]) and config.frozen_stages:
+        return 0.0
+    return config.layer_decay ** (sum(depths) + 1 - layer)
+
+
+def learning_rate_scales(
+    params: Mapping[str, Any], config: OptimizerConfig, depths: Sequence[int]
+) -> PyTree:
+    """`learning_rate_scale` of every leaf, for any network with a VMamba somewhere in it.
+
+    Args:
+        params: the network's parameters, as arrays or `jax.ShapeDtypeStruct`.
+        config: `layer_decay`, `frozen_stages` and `head_only`.
+        depths: blocks in each stage of the VMamba.
+
+    Returns:
+        The tree of `params` with a float at each leaf.
+    """
+    return flax.traverse_util.path_aware_map(
+        lambda path, _: learning_rate_scale([str(name) for name in path], config, depths), params
+    )
 
 
 class ClipState(NamedTuple):
@@ -257,7 +272,7 @@ def make_optimizer(
         return flax.traverse_util.unflatten_dict(values)
 
     decayed = each(lambda weight: is_decayed(weight, decay_ssm=config.decay_ssm))
-    scales = each(lambda weight: learning_rate_scale(weight, config, model_config.depths))
+    scales = each(lambda weight: learning_rate_scale(weight.path, config, model_config.depths))
     return optax.chain(
         _freeze(scales),
         clip_by_global_norm(config.clip_norm),
