@@ -25,7 +25,7 @@ from vmamba_jax.detection.preprocess import Prepared, normalise, pad
 from vmamba_jax.detection.roi_align import roi_align, roi_level
 from vmamba_jax.registry import model_config
 
-DATA = Path(__file__).parent / "data" / "golden_detection"
+DATA = Path(__file__).parent / "data" / "golden_downstream"
 
 
 class Golden:

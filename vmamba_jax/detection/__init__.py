@@ -3,7 +3,6 @@
 from vmamba_jax.detection.config import InferenceConfig, MaskRCNNConfig
 from vmamba_jax.detection.create import create_detector
 from vmamba_jax.detection.detect import Found, Instance, coco_classes, detect
-from vmamba_jax.detection.mapping import from_torch, infer_config, to_torch
 from vmamba_jax.detection.mask_rcnn import Detections, MaskRCNN
 from vmamba_jax.detection.preprocess import prepare
 
@@ -17,8 +16,5 @@ __all__ = [
     "coco_classes",
     "create_detector",
     "detect",
-    "from_torch",
-    "infer_config",
     "prepare",
-    "to_torch",
 ]

@@ -1,6 +1,7 @@
 """A Mask R-CNN detector as a value: its architecture, and how its outputs become detections."""
 
 import dataclasses
+from typing import Any
 
 from vmamba_jax.config import VMambaConfig
 
@@ -32,9 +33,7 @@ class MaskRCNNConfig:
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
 
     def __post_init__(self) -> None:
-        if isinstance(self.backbone, dict):  # as read from JSON
-            object.__setattr__(self, "backbone", VMambaConfig(**self.backbone))
-        object.__setattr__(self, "anchor_ratios", tuple(self.anchor_ratios))
+        object.__setattr__(self, "anchor_ratios", tuple(self.anchor_ratios))  # a list in JSON
         sizes = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -43,6 +42,10 @@ class MaskRCNNConfig:
         wrong = [f"{name}={value}" for name, value in sizes.items() if value < 1]
         if wrong:
             raise ValueError(f"must be positive: {', '.join(wrong)}")
+
+    def replace(self, **changes: Any) -> "MaskRCNNConfig":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
 
     @property
     def strides(self) -> tuple[int, ...]:

@@ -1,12 +1,10 @@
-"""A detector's weights both ways: mmdetection's state dict <-> our variables, and its architecture.
+"""A detector's weights under both names, and the architecture behind a state dict of them.
 
-The names are mmdetection's of version 2 and 3 (``roi_head.bbox_head.fc_cls.weight``); inside the
-backbone, VMamba's of today.
+The names are mmdetection's (``roi_head.bbox_head.fc_cls.weight``), the backbone's below
+``backbone.`` are VMamba's of today.
 """
 
-import functools
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,22 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vmamba_jax.convert.backbone import backbone_weights
-from vmamba_jax.convert.vmamba import infer_config as infer_vmamba
-from vmamba_jax.convert.weight import (
-    StateDict,
-    Weight,
-    flatten,
-    make_weight,
-    state_dict_of,
-    variables_of,
-)
+from vmamba_jax.convert.vmamba import infer_config
+from vmamba_jax.convert.weight import StateDict, Weight, flatten, make_weight
 from vmamba_jax.detection.box_head import BoxHead
 from vmamba_jax.detection.config import MaskRCNNConfig
 from vmamba_jax.detection.fpn import FPN
 from vmamba_jax.detection.mask_head import MaskHead
 from vmamba_jax.detection.mask_rcnn import BOX_BINS, MASK_BINS
 from vmamba_jax.detection.rpn import RPNHead
-from vmamba_jax.typing import Variables
 
 _BACKBONE = "backbone."
 _MAX_CONVS = 16  # of a mask head that this package builds
@@ -43,8 +33,7 @@ _RENAMED = (
 )
 
 
-@functools.lru_cache(maxsize=16)
-def weight_table(config: MaskRCNNConfig) -> tuple[Weight, ...]:
+def mask_rcnn_weights(config: MaskRCNNConfig) -> tuple[Weight, ...]:
     """Every weight of a `MaskRCNN` under both names."""
     stages = len(config.backbone.depths)
     table = [
@@ -87,43 +76,11 @@ def _weight(path: tuple[str, ...], shape: tuple[int, ...]) -> Weight:
     return weight
 
 
-def from_torch(state_dict: StateDict, config: MaskRCNNConfig) -> Variables:
-    """PyTorch's weights as variables for ``MaskRCNN(config).apply``.
-
-    Args:
-        state_dict: arrays under mmdetection's names and in its shapes, any float dtype.
-        config: the architecture they belong to; `infer_config` finds it.
-
-    Returns:
-        float32 NumPy arrays in our tree (views where the dtype allows).
-
-    Raises:
-        ValueError: naming every key that is missing, unexpected, or of another shape.
-    """
-    return variables_of(state_dict, weight_table(config))
-
-
-def to_torch(tree: Mapping[str, Any], config: MaskRCNNConfig) -> dict[str, np.ndarray]:
-    """Our variables under mmdetection's names and in its shapes.
-
-    Args:
-        tree: variable collections: ``{"params": ...}``, with or without ``"batch_stats"``.
-        config: the architecture they belong to.
-
-    Returns:
-        NumPy arrays in the dtype of the leaves.
-
-    Raises:
-        ValueError: naming every leaf that is missing, unexpected, or of another shape.
-    """
-    return state_dict_of(tree, weight_table(config))
-
-
-def infer_config(state_dict: StateDict) -> MaskRCNNConfig:
+def infer_mask_rcnn(state_dict: StateDict) -> MaskRCNNConfig:
     """The architecture behind a detector's state dict, from its names and shapes alone.
 
     What leaves no trace there takes the released models' value: the sizes of the anchors, and what
-    `vmamba_jax.convert.infer_config` says of the backbone.
+    `vmamba.infer_config` says of the backbone.
 
     Raises:
         ValueError: if a key that every such detector has is missing, or shapes contradict each
@@ -152,7 +109,7 @@ def infer_config(state_dict: StateDict) -> MaskRCNNConfig:
             f"this is no Mask R-CNN's state dict: {len(convs)} convolutions in its mask head"
         )
     config = MaskRCNNConfig(
-        infer_vmamba(backbone).replace(num_classes=0),
+        infer_config(backbone).replace(num_classes=0),
         num_classes=outputs("roi_head.mask_head.conv_logits.weight"),
         fpn_channels=outputs("neck.lateral_convs.0.conv.weight"),
         rpn_channels=outputs("rpn_head.rpn_conv.weight"),
