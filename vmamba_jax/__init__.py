@@ -10,18 +10,21 @@ from vmamba_jax.registry import (
     model_config,
     register_model,
 )
+from vmamba_jax.segmentation import UPerNet, create_segmenter
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SS2D",
     "VSSM",
+    "UPerNet",
     "VMambaConfig",
     "VSSBlock",
     "VSSMBackbone",
     "__version__",
     "create_backbone",
     "create_model",
+    "create_segmenter",
     "list_models",
     "model_config",
     "register_model",

@@ -13,13 +13,15 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from vmamba_jax.analysis.flops import summarize
+from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.artifact import save_model
 from vmamba_jax.convert.export import save_safetensors, save_torch
 from vmamba_jax.convert.hugging_face import one_rank_note, save_port
 from vmamba_jax.convert.layout import WeightChoice
 from vmamba_jax.convert.mapping import is_counter
 from vmamba_jax.convert.pretrained import RELEASES, load_pretrained
-from vmamba_jax.convert.source import Weights, read_weights, widens
+from vmamba_jax.convert.source import Weights, read_network, widens
+from vmamba_jax.convert.tasks import task_of
 from vmamba_jax.models import VSSM
 from vmamba_jax.predict import Result, as_json, draw, find_images, imagenet_classes, predict
 from vmamba_jax.registry import list_models, model_config
@@ -92,7 +94,13 @@ def convert(
     if target.exists():
         raise ValueError(f"{target}: exists already; choose another name or delete it")
     with _err.status(f"reading {source}"):
-        read = read_weights(source, weights, num_classes, image_size, entry=entry, prefix=prefix)
+        read = read_network(source, weights, num_classes, image_size, entry=entry, prefix=prefix)
+    config = read.config
+    if form == "huggingface" and not isinstance(config, VMambaConfig):
+        raise ValueError(
+            f"{source}: it holds {task_of(config).holds}, and the Hugging Face port has only "
+            "classifiers; write a folder of this package, a .safetensors or a .pth file"
+        )
     with _err.status(f"writing {target}"):
         match form:
             case "safetensors":
@@ -100,7 +108,8 @@ def convert(
             case "pth":
                 save_torch(target, read.state_dict)
             case "huggingface":
-                save_port(target, read.state_dict, read.config, read.class_names)
+                assert isinstance(config, VMambaConfig)
+                save_port(target, read.state_dict, config, read.class_names)
             case _:
                 save_model(target, read.variables(), read.config, read.provenance, read.class_names)
     _report(read, target, form)
@@ -221,8 +230,12 @@ def _classifier(
     if (checkpoint is None) == (name is None):
         raise ValueError("give either --checkpoint PATH or --model NAME --pretrained")
     if checkpoint is not None:
-        read = read_weights(checkpoint, image_size=image_size)
-        config, variables, names = read.config, read.variables(), read.class_names
+        read = read_network(checkpoint, image_size=image_size)
+        config, names = read.config, read.class_names
+        if not isinstance(config, VMambaConfig):
+            task = task_of(config)
+            raise ValueError(f"{checkpoint} holds {task.holds}: run it with `{task.command}`")
+        variables = read.variables()
     else:
         assert name is not None
         if not pretrained:
@@ -263,14 +276,20 @@ def _report(read: Weights, target: Path, form: str) -> None:
     if form == "orbax" and rounded:
         kinds = ", ".join(sorted(set(rounded)))
         _out.print(f"not kept: {len(rounded)} tensors of {kinds} are rounded to float32")
-    if form == "huggingface" and (note := one_rank_note(config)):
+    if (
+        form == "huggingface"
+        and isinstance(config, VMambaConfig)
+        and (note := one_rank_note(config))
+    ):
         _out.print(f"note: {note}", soft_wrap=True, highlight=False)
     about = read.provenance
+    vmamba = config if isinstance(config, VMambaConfig) else config.backbone
+    head = "" if vmamba is config else f"{task_of(config).network.__name__} on "
     lines = {
         "layout": about.get("layout"),
         "weights": f"{about.get('weights')}{' (averaged)' if about.get('averaged') else ''}",
         "prefix": about.get("prefix") or "none",
-        "model": f"depths {config.depths}, dims {config.stage_dims}, {config.forward_type}, "
+        "model": f"{head}depths {vmamba.depths}, dims {vmamba.stage_dims}, {vmamba.forward_type}, "
         f"{config.num_classes} classes",
         "written": f"{target} ({form})",
     }

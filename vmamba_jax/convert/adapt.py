@@ -38,6 +38,32 @@ def replace_head(
     return state_dict, [Change("", key, "initialised", why) for key in _HEAD]
 
 
+def replace_pixel_heads(
+    state_dict: dict[str, np.ndarray], num_classes: int, seed: int = 0
+) -> tuple[dict[str, np.ndarray], list[Change]]:
+    """Gives a segmenter new last layers in its heads, if they have not `num_classes` already.
+
+    Args:
+        state_dict: arrays under PyTorch's names; not changed.
+        num_classes: classes of a pixel.
+        seed: of the new weights, normal with deviation 0.01 as the models initialise theirs.
+
+    Returns:
+        The new state dict, and what changed.
+    """
+    state_dict, changes, draw = dict(state_dict), [], np.random.default_rng(seed)
+    for head in ("decode_head", "auxiliary_head"):
+        weight, bias = f"{head}.conv_seg.weight", f"{head}.conv_seg.bias"
+        if weight not in state_dict or state_dict[weight].shape[0] == num_classes:
+            continue
+        held, *rest = state_dict[weight].shape
+        state_dict[weight] = np.float32(0.01) * draw.standard_normal((num_classes, *rest), "f4")
+        state_dict[bias] = np.zeros(num_classes, np.float32)
+        why = f"a new layer of {num_classes} classes in place of {held}"
+        changes += [Change("", key, "initialised", why) for key in (weight, bias)]
+    return state_dict, changes
+
+
 def resize_position_embedding(
     state_dict: dict[str, np.ndarray], side: int
 ) -> tuple[dict[str, np.ndarray], list[Change]]:

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vmamba_jax.config import VMambaConfig
+from vmamba_jax.convert.tasks import CLASSIFICATION, NetworkConfig, task_named, task_of
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.typing import Variables
 
@@ -20,14 +21,14 @@ class SavedModel(NamedTuple):
     """What `save_model` keeps.
 
     Attributes:
-        variables: NumPy arrays in the tree that ``VSSM(config).apply`` takes.
+        variables: NumPy arrays in the tree that the network's ``apply`` takes.
         config: the architecture.
         provenance: where the weights came from, as JSON types.
         class_names: names of the classes, where they were known.
     """
 
     variables: Variables
-    config: VMambaConfig
+    config: NetworkConfig
     provenance: dict[str, Any]
     class_names: list[str] | None
 
@@ -35,7 +36,7 @@ class SavedModel(NamedTuple):
 def save_model(
     path: str | os.PathLike[str],
     variables: Variables,
-    config: VMambaConfig,
+    config: NetworkConfig,
     provenance: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> None:
@@ -56,6 +57,7 @@ def save_model(
     if path.exists():
         raise CheckpointError(f"{path}: exists already; choose another name or delete it")
     about = {
+        "task": task_of(config).name,
         "config": dataclasses.asdict(config),
         "provenance": dict(provenance or {}),
         "class_names": None if class_names is None else list(class_names),
@@ -94,11 +96,19 @@ def load_model(path: str | os.PathLike[str]) -> SavedModel:
                 ),
             )
         about = saved["model"]
-        config = VMambaConfig(**about["config"])
+        config = _config(about)
         return SavedModel(saved["variables"], config, about["provenance"], about.get("class_names"))
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise CheckpointError(f"{path}: incomplete or damaged ({reason})") from error
+
+
+def _config(about: dict[str, Any]) -> NetworkConfig:
+    fields = dict(about["config"])
+    if "backbone" in fields:
+        fields["backbone"] = VMambaConfig(**fields["backbone"])
+    # Models saved by earlier versions are classifiers.
+    return task_named(about.get("task", CLASSIFICATION.name)).config(**fields)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

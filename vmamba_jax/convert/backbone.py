@@ -56,10 +56,6 @@ def as_backbone(
     """
 
     def why_not(key: str) -> str:
-        if key.startswith("classifier."):
-            return "a backbone has no classifier"
-        if key == "pos_embed":
-            return "a backbone applies no position embedding"
         if match := _OUTNORM.match(key):
             return "" if int(match[1]) in out_indices else "the norm of a map not asked for"
         match = _STAGE.match(key)
@@ -67,6 +63,7 @@ def as_backbone(
             return "of a stage after the last one asked for"
         return ""
 
+    state_dict, changes = without_classifier(state_dict, changes)
     state_dict, changes = _leave_out(state_dict, changes, why_not)
     for weight in backbone_weights(config, out_indices):
         if weight.key not in state_dict and _OUTNORM.match(weight.key):
@@ -74,6 +71,27 @@ def as_backbone(
             state_dict[weight.key] = make(weight.shape, np.float32)
             changes.append(Change("", weight.key, "initialised", "a new norm of a stage's map"))
     return state_dict, changes
+
+
+def without_classifier(
+    state_dict: dict[str, np.ndarray], changes: list[Change]
+) -> tuple[dict[str, np.ndarray], list[Change]]:
+    """Leaves out what only a classifier has.
+
+    Args:
+        state_dict: arrays under PyTorch's names of today; not changed.
+        changes: what became of each tensor until now.
+
+    Returns:
+        The rest of the state dict, and what became of each tensor.
+    """
+
+    def why_not(key: str) -> str:
+        if key.startswith("classifier."):
+            return "a backbone has no classifier"
+        return "a backbone applies no position embedding" if key == "pos_embed" else ""
+
+    return _leave_out(state_dict, changes, why_not)
 
 
 def as_classifier(

@@ -37,13 +37,28 @@ class Located(NamedTuple):
         path: keys of the entry it is in; empty for the checkpoint itself.
         prefix: what its names begin with, as in the file, such as ``"module.backbone."``.
         tensors: its tensors under their names less prefix and wrappers.
-        beside: names of what else is in that entry.
+        beside: what else is in that entry, by its name.
     """
 
     path: tuple[Any, ...]
     prefix: str
     tensors: dict[str, Any]
-    beside: list[str]
+    beside: dict[str, Any]
+
+    @property
+    def heads(self) -> dict[str, tuple[str, Any]]:
+        """What lies beside a backbone: name less prefix and wrappers -> name as in the file, value.
+
+        A VMamba is a backbone if it is called so: its prefix ends in ``backbone.``.
+        """
+        outer = re.sub(rf"backbone\.(?:{_WRAPPER})*$", "", self.prefix)
+        if outer == self.prefix:
+            return {}
+        return {
+            _ANY_WRAPPER.sub("", name[len(outer) :]): (name, value)
+            for name, value in self.beside.items()
+            if name.startswith(outer)
+        }
 
     @property
     def entry(self) -> str:
@@ -105,7 +120,7 @@ def _take(path: tuple[Any, ...], entry: Mapping[Any, Any], prefix: str, stem: st
     # The Hugging Face port keeps its head beside the encoder, under the name of neither.
     head = f"{prefix.removesuffix('vmamba.')}classifier." if stem == "embeddings" else prefix
     tensors: dict[str, Any] = {}
-    beside: list[str] = []
+    beside: dict[str, Any] = {}
     for name, value in entry.items():
         inner = None
         if _is_name(name) and name.startswith(prefix):
@@ -117,7 +132,7 @@ def _take(path: tuple[Any, ...], entry: Mapping[Any, Any], prefix: str, stem: st
             or not _PARTS[stem].match(f"{inner}.")
             or inner.rpartition(".")[2] in _BESIDE
         ):
-            beside.append(str(name)[:_LONGEST])
+            beside[str(name)[:_LONGEST]] = value
         elif inner in tensors:
             raise CheckpointError(f"two of its tensors stand for {inner}; one is {name}")
         else:

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vmamba_jax.config import VMambaConfig
-from vmamba_jax.convert.vmamba import infer_config, vmamba_weights
+from vmamba_jax.convert.tasks import NetworkConfig, recognise, task_of
 from vmamba_jax.convert.weight import StateDict, Weight, is_counter, state_dict_of, variables_of
 from vmamba_jax.typing import Variables
 
@@ -15,13 +14,13 @@ __all__ = ["Weight", "from_torch", "infer_config", "is_counter", "to_torch", "we
 
 
 @functools.lru_cache(maxsize=64)
-def weight_table(config: VMambaConfig) -> tuple[Weight, ...]:
-    """Every weight of a model under both names, in the order of our tree."""
-    return vmamba_weights(config)
+def weight_table(config: NetworkConfig) -> tuple[Weight, ...]:
+    """Every weight of a network under both names, in the order of our tree."""
+    return task_of(config).weights(config)
 
 
-def from_torch(state_dict: StateDict, config: VMambaConfig) -> Variables:
-    """PyTorch's weights as variables for ``VSSM(config).apply``.
+def from_torch(state_dict: StateDict, config: NetworkConfig) -> Variables:
+    """PyTorch's weights as variables for ``VSSM(config).apply`` or ``UPerNet(config).apply``.
 
     Args:
         state_dict: arrays under PyTorch's names and in its shapes, any float dtype.
@@ -36,7 +35,7 @@ def from_torch(state_dict: StateDict, config: VMambaConfig) -> Variables:
     return variables_of(state_dict, weight_table(config))
 
 
-def to_torch(tree: Mapping[str, Any], config: VMambaConfig) -> dict[str, np.ndarray]:
+def to_torch(tree: Mapping[str, Any], config: NetworkConfig) -> dict[str, np.ndarray]:
     """Our variables (or gradients of them) under PyTorch's names and in its shapes.
 
     Args:
@@ -50,3 +49,19 @@ def to_torch(tree: Mapping[str, Any], config: VMambaConfig) -> dict[str, np.ndar
         ValueError: naming every leaf that is missing, unexpected, or of another shape.
     """
     return state_dict_of(tree, weight_table(config))
+
+
+def infer_config(state_dict: StateDict) -> NetworkConfig:
+    """The architecture behind a state dict, from its names and shapes alone.
+
+    What leaves no trace there takes the released models' value; `vmamba.infer_config` and
+    `upernet.infer_upernet` say which that is.
+
+    Returns:
+        A `VMambaConfig`; or, with a segmenter's heads beside ``backbone.``, a `UPerNetConfig`.
+
+    Raises:
+        ValueError: if a key that every such network has is missing, or shapes contradict each
+            other.
+    """
+    return recognise(state_dict).infer_config(state_dict)

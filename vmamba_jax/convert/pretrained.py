@@ -31,8 +31,9 @@ from vmamba_jax.convert.artifact import save_model
 from vmamba_jax.convert.backbone import backbone_from_torch
 from vmamba_jax.convert.identity import describe_difference, differing_fields
 from vmamba_jax.convert.mapping import from_torch
-from vmamba_jax.convert.source import Weights, read_backbone, read_weights, sha256
+from vmamba_jax.convert.source import Weights, read_backbone, read_network, read_weights, sha256
 from vmamba_jax.errors import CheckpointError
+from vmamba_jax.segmentation.config import UPerNetConfig
 from vmamba_jax.typing import Variables
 
 _ATTEMPTS = 5
@@ -128,6 +129,60 @@ def load_backbone(
         OSError: it can't be read, or fetched and kept.
     """
     source, path = _resolve(source, name)
+    return _backbone(source, path, config, name, out_indices)
+
+
+def load_segmenter(
+    source: str | os.PathLike[str],
+    config: UPerNetConfig,
+    name: str,
+    fresh: Callable[[], Variables],
+    seed: int = 0,
+) -> Variables:
+    """Trained weights for a segmenter, or for its backbone alone if the source has no heads.
+
+    Args:
+        source: the address of a checkpoint, or a path to one or to a saved model.
+        config: the architecture to fill. Last layers of another number of classes than the
+            source's start anew.
+        name: of the backbone's model.
+        fresh: makes initial variables of the segmenter.
+        seed: of new last layers' weights.
+
+    Returns:
+        Variables for ``UPerNet(config).apply``.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged or of another architecture.
+        OSError: it can't be read, or fetched and kept.
+    """
+    source, path = _resolve(source, name)
+    weights = read_network(path, num_classes=config.num_classes, seed=seed)
+    held = weights.config
+    if isinstance(held, UPerNetConfig):
+        new = [change.target for change in weights.changes if change.action == "initialised"]
+        if new:
+            _logger.warning("%s: other classes; %s start anew", source, ", ".join(new))
+        read = Weights(weights.state_dict, held.backbone, weights.provenance, weights.changes)
+        if not differing_fields(held.backbone, config.backbone) and (
+            held != config.replace(backbone=held.backbone, dropout=held.dropout)
+        ):
+            raise CheckpointError(f"{source}: its heads are not those asked for: {held}")
+        return _fill(
+            source, read, config.backbone, name, lambda: from_torch(weights.state_dict, config)
+        )
+    _logger.warning("%s: it has no segmenter's heads; they start anew", source)
+    stages = range(len(config.depths))
+    backbone = _backbone(source, path, config.backbone, name, stages)
+    variables = fresh()
+    for collection, tree in backbone.items():
+        variables[collection]["backbone"] = tree
+    return variables
+
+
+def _backbone(
+    source: str, path: Path, config: VMambaConfig, name: str, out_indices: Sequence[int]
+) -> Variables:
     weights = read_backbone(path, out_indices)
     new = sorted({c.target.partition(".")[0] for c in weights.changes if c.action == "initialised"})
     if new:
@@ -157,7 +212,7 @@ def _resolve(source: Literal[True] | str | os.PathLike[str], name: str) -> tuple
 
 def _fill(
     source: str,
-    weights: Weights,
+    weights: Weights[VMambaConfig],
     config: VMambaConfig,
     name: str,
     convert: Callable[[], Variables],
@@ -235,7 +290,7 @@ def cached_model(url: str) -> Path:
                 "It was deleted; run the same command again to fetch it anew"
             )
         try:
-            weights = read_weights(file)
+            weights = read_network(file)
         except CheckpointError as error:
             file.unlink()
             raise CheckpointError(f"{address}: {error} (deleted from the cache)") from error

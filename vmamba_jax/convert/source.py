@@ -6,28 +6,41 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
 from vmamba_jax.config import VMambaConfig
-from vmamba_jax.convert.adapt import replace_head, resize_position_embedding
+from vmamba_jax.convert.adapt import (
+    replace_head,
+    replace_pixel_heads,
+    resize_position_embedding,
+)
 from vmamba_jax.convert.artifact import load_model
-from vmamba_jax.convert.backbone import as_backbone, as_classifier, backbone_from_torch
+from vmamba_jax.convert.backbone import (
+    as_backbone,
+    as_classifier,
+    backbone_from_torch,
+    without_classifier,
+)
 from vmamba_jax.convert.hugging_face import Port, is_port, load_port
 from vmamba_jax.convert.layout import WeightChoice, find_weights
 from vmamba_jax.convert.mapping import from_torch, infer_config, is_counter, to_torch
 from vmamba_jax.convert.naming import Change, standard_names
+from vmamba_jax.convert.tasks import NetworkConfig, task_of
 from vmamba_jax.convert.torch_file import SHARDS, load_torch_file
+from vmamba_jax.convert.upernet import backbone_of
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.typing import Variables
 
 _CHUNK = 1 << 20
 
+Config = TypeVar("Config", bound=NetworkConfig)
+
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
-    """A model's weights and where they came from.
+class Weights(Generic[Config]):
+    """A network's weights and where they came from.
 
     Attributes:
         state_dict: arrays under PyTorch's names of today.
@@ -38,13 +51,13 @@ class Weights:
     """
 
     state_dict: dict[str, np.ndarray]
-    config: VMambaConfig
+    config: Config
     provenance: dict[str, Any]
     changes: list[Change]
     class_names: list[str] | None = None
 
     def variables(self) -> Variables:
-        """The weights as float32 variables for ``VSSM(config).apply``."""
+        """The weights as float32 variables for the network's ``apply``."""
         return from_torch(self.state_dict, self.config)
 
 
@@ -57,8 +70,10 @@ def read_weights(
     *,
     entry: str | None = None,
     prefix: str | None = None,
-) -> Weights:
-    """Reads a model from a PyTorch checkpoint, a safetensors file or a saved model.
+) -> Weights[VMambaConfig]:
+    """Reads a VMamba from a PyTorch checkpoint, a safetensors file or a saved model.
+
+    Of a network that has it for its backbone it reads the VMamba alone; `read_network` reads all.
 
     Args:
         path: a ``.pth`` file of any VMamba release or training run, a ``.safetensors`` file, a
@@ -76,26 +91,69 @@ def read_weights(
     """
     path = Path(path)
     with _naming(path):
+        read = _vmamba_of(_read(path, weights, entry, prefix))
+        return _fit_classifier(read, num_classes, image_size, seed)
+
+
+def read_network(
+    path: str | os.PathLike[str],
+    weights: WeightChoice = "auto",
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    *,
+    entry: str | None = None,
+    prefix: str | None = None,
+) -> Weights[NetworkConfig]:
+    """Reads all of the network in a file: a classifier, or a segmenter with its heads.
+
+    Takes and raises what `read_weights` does. The type of ``config`` tells which network it is.
+    """
+    path = Path(path)
+    with _naming(path):
         read = _read(path, weights, entry, prefix)
-        state_dict, kept = as_classifier(read.state_dict, read.changes)
-        config, new_head, resized = read.config, [], []
+        if isinstance(read.config, VMambaConfig):
+            classifier = _fit_classifier(_vmamba_of(read), num_classes, image_size, seed)
+            return cast("Weights[NetworkConfig]", classifier)
+        new_head: list[Change] = []
         if num_classes is not None:
-            config = config.replace(num_classes=num_classes)
-            state_dict, new_head = replace_head(state_dict, num_classes, seed)
-        if image_size is not None and config.posembed:
-            config = config.replace(imgsize=image_size)
-            side = image_size // config.patch_size
-            state_dict, resized = resize_position_embedding(state_dict, side)
-        from_torch(state_dict, config)  # strict: every missing, unexpected or misshapen key
-    changed = {change.target or change.source for change in new_head + resized}
-    changes = [change for change in kept if change.target not in changed]
-    return dataclasses.replace(
+            config = read.config.replace(num_classes=num_classes)
+            state_dict, new_head = replace_pixel_heads(read.state_dict, num_classes, seed)
+            read = dataclasses.replace(read, state_dict=state_dict, config=config)
+        return _finish(read, new_head)
+
+
+def _fit_classifier(
+    read: Weights[VMambaConfig], num_classes: int | None, image_size: int | None, seed: int
+) -> Weights[VMambaConfig]:
+    state_dict, changes = as_classifier(read.state_dict, read.changes)
+    config, new_head, resized = read.config, [], []
+    if num_classes is not None:
+        config = config.replace(num_classes=num_classes)
+        state_dict, new_head = replace_head(state_dict, num_classes, seed)
+    if image_size is not None and config.posembed:
+        config = config.replace(imgsize=image_size)
+        side = image_size // config.patch_size
+        state_dict, resized = resize_position_embedding(state_dict, side)
+    read = dataclasses.replace(
         read,
         state_dict=state_dict,
         config=config,
-        provenance={**read.provenance, **_beside_float32(state_dict)},
-        changes=changes + new_head + resized,
+        changes=changes,
         class_names=None if new_head else read.class_names,
+    )
+    return _finish(read, new_head + resized)
+
+
+def _finish(read: Weights[Config], changed: list[Change]) -> Weights[Config]:
+    """Checks the weights, and adds what changed last and what a saved model has to know."""
+    from_torch(read.state_dict, read.config)  # strict: every missing, unexpected or misshapen key
+    again = {change.target or change.source for change in changed}
+    changes = [change for change in read.changes if change.target not in again]
+    return dataclasses.replace(
+        read,
+        provenance={**read.provenance, **_beside_float32(read.state_dict)},
+        changes=changes + changed,
     )
 
 
@@ -106,7 +164,7 @@ def read_backbone(
     *,
     entry: str | None = None,
     prefix: str | None = None,
-) -> Weights:
+) -> Weights[VMambaConfig]:
     """Reads the backbone in any file that `read_weights` takes.
 
     Args:
@@ -126,7 +184,7 @@ def read_backbone(
     """
     path = Path(path)
     with _naming(path):
-        read = _read(path, weights, entry, prefix)
+        read = _vmamba_of(_read(path, weights, entry, prefix))
         config = read.config.replace(num_classes=0, posembed=False)
         stages = range(len(config.depths))
         out_indices = [i for i in stages if out_indices is None or i in out_indices]
@@ -150,13 +208,30 @@ def _naming(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read(path: Path, weights: WeightChoice, entry: str | None, prefix: str | None) -> Weights:
-    """All of a file's VMamba, whatever it is the part of."""
+def _read(
+    path: Path, weights: WeightChoice, entry: str | None, prefix: str | None
+) -> Weights[NetworkConfig]:
+    """The network in a file, not checked yet."""
     if path.suffix == ".distcp" or (path / ".metadata").exists():
         raise CheckpointError(SHARDS)
     if path.is_dir() and not is_port(path):
         return _read_saved_model(path)
     return _read_file(path, weights, entry, prefix)
+
+
+def _vmamba_of(read: Weights[NetworkConfig]) -> Weights[VMambaConfig]:
+    """A network's backbone as what it is when it stands alone."""
+    if isinstance(read.config, VMambaConfig):
+        return cast("Weights[VMambaConfig]", read)
+    start, why = "backbone.", f"no part of the backbone of {task_of(read.config).holds}"
+    changes = [
+        change._replace(target=change.target.removeprefix(start))
+        if change.target.startswith(start) or not change.target
+        else Change(change.source, "", "left out", why)
+        for change in read.changes
+    ]
+    config = read.config.backbone.replace(num_classes=0)
+    return Weights(backbone_of(read.state_dict), config, read.provenance, changes)
 
 
 def _beside_float32(state_dict: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -175,7 +250,7 @@ def widens(dtype: np.dtype) -> bool:
     return np.can_cast(dtype, np.float32, "safe")
 
 
-def _read_saved_model(path: Path) -> Weights:
+def _read_saved_model(path: Path) -> Weights[NetworkConfig]:
     saved = load_model(path)
     state_dict = to_torch(saved.variables, saved.config)
     # The file's own types again; exact, since they were widened.
@@ -192,20 +267,31 @@ def _read_saved_model(path: Path) -> Weights:
     return Weights(state_dict, saved.config, saved.provenance, changes, saved.class_names)
 
 
-def _read_file(path: Path, weights: WeightChoice, entry: str | None, prefix: str | None) -> Weights:
+def _read_file(
+    path: Path, weights: WeightChoice, entry: str | None, prefix: str | None
+) -> Weights[NetworkConfig]:
     port = load_port(path) if is_port(path) else Port([path], load_torch_file(path), {}, None)
     found = find_weights(port.tensors, weights, entry, prefix)
     files, config_fields, class_names = port.files, port.config_fields, port.class_names
     del port  # its optimizer state, as large as the weights twice over
-    if sum(array.nbytes for array in found.tensors.values()) > sum(
-        file.stat().st_size for file in files
-    ):
+    held = (*found.tensors.values(), *found.heads.values())
+    if sum(array.nbytes for array in held) > sum(file.stat().st_size for file in files):
         raise CheckpointError("damaged: its tensors are views of one another, larger than the file")
     state_dict, changes = standard_names(found.tensors)
     changes = [change._replace(source=found.prefix + change.source) for change in changes]
+    if found.heads:
+        state_dict, changes = without_classifier(state_dict, changes)
+        state_dict = {f"backbone.{key}": array for key, array in state_dict.items()} | found.heads
+        changes = [c._replace(target=c.target and f"backbone.{c.target}") for c in changes]
+        changes += [Change(key, key, "mapped") for key in found.heads]
     changes += [Change(name, "", "left out", why) for name, why in found.left_out.items()]
     stated = {**found.config_fields, **config_fields}
-    config = infer_config(state_dict).replace(**stated)
+    config = infer_config(state_dict)
+    if isinstance(config, VMambaConfig):
+        config = config.replace(**stated)
+    else:
+        config = config.replace(backbone=config.backbone.replace(**stated))
+    class_names = found.class_names if class_names is None else class_names
     if class_names is not None and len(class_names) != config.num_classes:
         class_names = None
     provenance = {
