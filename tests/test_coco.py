@@ -20,7 +20,7 @@ def folder(tmp_path):
     """A data set in COCO's layout; category 3 comes after 7."""
     (tmp_path / "val").mkdir()
     for i in (1, 2):
-        Image.new("RGB", SIZE[::-1]).save(tmp_path / "val" / f"{i}.png")
+        Image.new("RGB", (80, 60)).save(tmp_path / "val" / f"{i}.png")
     images = [
         {"id": i, "file_name": f"{i}.png", "height": SIZE[0], "width": SIZE[1]} for i in (1, 2)
     ]

@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 from recipe import images, normal, state_dict
 
-from vmamba_jax.detection import (
-    InferenceConfig,
-    MaskRCNN,
-    MaskRCNNConfig,
-    from_torch,
-    infer_config,
-    to_torch,
-)
+from vmamba_jax.convert import from_torch, infer_config, to_torch
+from vmamba_jax.detection import InferenceConfig, MaskRCNN, MaskRCNNConfig
 from vmamba_jax.detection.anchors import anchors_at, base_anchors
 from vmamba_jax.detection.detect import instances_of
 from vmamba_jax.detection.paste import paste_mask

@@ -7,7 +7,17 @@ Of the backbones only the later releases' (``forward_type="v05_noz"``), and one 
 import math
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import (
+    conv2d,
+    conv_transpose2d,
+    gelu,
+    interpolate,
+    layer_norm,
+    relu,
+    silu,
+    softplus,
+)
+from torch.nn.functional import linear as product
 
 STRIDES = (4, 8, 16, 32, 64)
 
@@ -15,22 +25,22 @@ STRIDES = (4, 8, 16, 32, 64)
 def convolve(state, key, x, stride=1):
     """The convolution of this name; kernels of 3 are padded."""
     weight = state[f"{key}.weight"]
-    return F.conv2d(x, weight, state[f"{key}.bias"], stride, weight.shape[-1] // 2)
+    return conv2d(x, weight, state[f"{key}.bias"], stride, weight.shape[-1] // 2)
 
 
 def linear(state, key, x):
     """The linear layer of this name."""
-    return F.linear(x, state[f"{key}.weight"], state.get(f"{key}.bias"))
+    return product(x, state[f"{key}.weight"], state.get(f"{key}.bias"))
 
 
 def channel_norm(state, key, x):
     """LayerNorm over the channels of a map (H, W, C)."""
     weight = state[f"{key}.weight"]
-    return F.layer_norm(x, weight.shape, weight, state[f"{key}.bias"])
+    return layer_norm(x, weight.shape, weight, state[f"{key}.bias"])
 
 
 def selective_scan(x, delta, decay, into, out, skip):
-    """The recurrence, step by step: (K, C, L), (K, C, L), (K, C, N), (K, N, L), (K, N, L), (K, C)."""
+    """The recurrence, step by step; x and delta are (K, C, L), into and out (K, N, L)."""
     steps = torch.exp(torch.einsum("kcl,kcn->lkcn", delta, decay))
     inputs = torch.einsum("kcl,knl->lkcn", delta * x, into)
     state, states = torch.zeros_like(inputs[0]), torch.empty_like(inputs)
@@ -43,7 +53,7 @@ def ss2d(state, key, x):
     """SS2D of a map (H, W, C)."""
     x = linear(state, f"{key}.in_proj", x).permute(2, 0, 1)
     channels, height, width = x.shape
-    x = F.silu(F.conv2d(x[None], state[f"{key}.conv2d.weight"], padding=1, groups=channels)[0])
+    x = silu(conv2d(x[None], state[f"{key}.conv2d.weight"], padding=1, groups=channels)[0])
     routes = torch.stack([x.flatten(1), x.transpose(1, 2).flatten(1)])
     routes = torch.cat([routes, routes.flip(-1)])
     rank = state[f"{key}.dt_projs_weight"].shape[-1]
@@ -51,7 +61,7 @@ def ss2d(state, key, x):
     states = (projected.shape[1] - rank) // 2
     delta, into, out = projected.split([rank, states, states], dim=1)
     delta = torch.einsum("kcr,krl->kcl", state[f"{key}.dt_projs_weight"], delta)
-    delta = F.softplus(delta + state[f"{key}.dt_projs_bias"][..., None])
+    delta = softplus(delta + state[f"{key}.dt_projs_bias"][..., None])
     decay = -torch.exp(state[f"{key}.A_logs"]).reshape(4, channels, states)
     y = selective_scan(routes, delta, decay, into, out, state[f"{key}.Ds"].reshape(4, channels))
     rows, columns = y[:2] + y[2:].flip(-1)
@@ -68,7 +78,7 @@ def backbone(state, image):
         return x[0].permute(1, 2, 0).contiguous()
 
     x = convolve(state, "backbone.patch_embed.0", image, 2)
-    x = F.gelu(channel_norm(state, "backbone.patch_embed.2", to_map(x))).permute(2, 0, 1)[None]
+    x = gelu(channel_norm(state, "backbone.patch_embed.2", to_map(x))).permute(2, 0, 1)[None]
     x = convolve(state, "backbone.patch_embed.5", x, 2)
     x, maps = channel_norm(state, "backbone.patch_embed.7", to_map(x)), []
     for stage in range(4):
@@ -77,7 +87,7 @@ def backbone(state, image):
             key = f"{layer}.blocks.{block}"
             x = x + ss2d(state, f"{key}.op", channel_norm(state, f"{key}.norm", x))
             hidden = linear(state, f"{key}.mlp.fc1", channel_norm(state, f"{key}.norm2", x))
-            x = x + linear(state, f"{key}.mlp.fc2", F.gelu(hidden))
+            x = x + linear(state, f"{key}.mlp.fc2", gelu(hidden))
             block += 1
         maps.append(channel_norm(state, f"backbone.outnorm{stage}", x).permute(2, 0, 1)[None])
         if stage < 3:
@@ -90,7 +100,7 @@ def pyramid(state, maps):
     """The five levels of the feature pyramid."""
     laterals = [convolve(state, f"neck.lateral_convs.{i}.conv", x) for i, x in enumerate(maps)]
     for i in (2, 1, 0):
-        laterals[i] = laterals[i] + F.interpolate(laterals[i + 1], size=laterals[i].shape[-2:])
+        laterals[i] = laterals[i] + interpolate(laterals[i + 1], size=laterals[i].shape[-2:])
     levels = [convolve(state, f"neck.fpn_convs.{i}.conv", x) for i, x in enumerate(laterals)]
     return [*levels, levels[-1][:, :, ::2, ::2]]
 
@@ -128,7 +138,7 @@ def propose(state, levels, size):
     """The thousand regions that look most like objects."""
     boxes, scores, groups = [], [], []
     for i, (level, stride) in enumerate(zip(levels, STRIDES, strict=True)):
-        hidden = F.relu(convolve(state, "rpn_head.rpn_conv", level))
+        hidden = relu(convolve(state, "rpn_head.rpn_conv", level))
         score = convolve(state, "rpn_head.rpn_cls", hidden)[0].permute(1, 2, 0).sigmoid()
         deltas = convolve(state, "rpn_head.rpn_reg", hidden)[0].permute(1, 2, 0).reshape(-1, 4)
         root = torch.tensor([0.5, 1, 2]).sqrt()
@@ -187,7 +197,7 @@ def detect(state, image, size):
     head = "roi_head.bbox_head"
     x = align(levels, proposals, 7).flatten(1)
     for i in (0, 1):
-        x = F.relu(linear(state, f"{head}.shared_fcs.{i}", x))
+        x = relu(linear(state, f"{head}.shared_fcs.{i}", x))
     scores = linear(state, f"{head}.fc_cls", x).softmax(dim=-1)[:, :-1]
     deltas = linear(state, f"{head}.fc_reg", x).reshape(*scores.shape, 4)
     boxes = decode(proposals[:, None].expand_as(deltas), deltas, (0.1, 0.1, 0.2, 0.2), size)
@@ -198,7 +208,11 @@ def detect(state, image, size):
     head = "roi_head.mask_head"
     x = align(levels, boxes, 14)
     for i in range(4):
-        x = F.relu(convolve(state, f"{head}.convs.{i}.conv", x))
+        x = relu(convolve(state, f"{head}.convs.{i}.conv", x))
     weight, bias = state[f"{head}.upsample.weight"], state[f"{head}.upsample.bias"]
-    x = convolve(state, f"{head}.conv_logits", F.relu(F.conv_transpose2d(x, weight, bias, 2)))
+    x = convolve(
+        state,
+        f"{head}.conv_logits",
+        relu(conv_transpose2d(x, weight, bias, 2)),
+    )
     return boxes, scores, label, x[torch.arange(len(label)), label].sigmoid()

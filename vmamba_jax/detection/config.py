@@ -1,6 +1,7 @@
 """A Mask R-CNN detector as a value: its architecture, and how its outputs become detections."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from vmamba_jax.config import VMambaConfig
@@ -30,7 +31,7 @@ class MaskRCNNConfig:
     mask_channels: int = 256
     mask_convs: int = 4
     anchor_scale: float = 8.0
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_ratios: Sequence[float] = (0.5, 1.0, 2.0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "anchor_ratios", tuple(self.anchor_ratios))  # a list in JSON

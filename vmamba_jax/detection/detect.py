@@ -1,10 +1,10 @@
 """Finds objects in image files."""
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -76,7 +76,6 @@ def detect(
     Yields:
         One result a path, in order.
     """
-    find = jax.jit(model.apply)
     variables = jax.device_put(variables)
     for path in paths:
         try:
@@ -88,8 +87,15 @@ def detect(
             picture, long_side=long_side, short_side=short_side, size_divisor=size_divisor
         )
         sizes = np.array([prepared.size], np.int32)
-        detections = find(variables, prepared.pixels[None], sizes)
+        detections = _apply(model, variables, prepared.pixels[None], sizes)
         yield Found(path, prepared.original_size, instances_of(detections, 0, prepared))
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply(
+    model: MaskRCNN, variables: Variables, images: jax.Array, sizes: jax.Array
+) -> Detections:
+    return cast("Detections", model.apply(variables, images, sizes))
 
 
 def instances_of(detections: Detections, image: int, prepared: Prepared) -> list[Instance]:
