@@ -72,11 +72,19 @@ def test_a_state_saved_on_eight_devices_is_restored_on_fewer(
 def test_the_latest_and_the_best_are_kept(state: TrainState, tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, 0.6)):
-            _save(checkpoints, state, step, accuracy=accuracy)
-        checkpoints.wait()
+            _save(checkpoints, state, step)
+            if accuracy is not None:
+                checkpoints.record(step, {"accuracy": accuracy})
         assert checkpoints.best_step == 2
         assert checkpoints.latest_step == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "5"]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:  # it is on disk which one is the best
+        _save(checkpoints, state, 6)
+        checkpoints.wait()
+        assert checkpoints.best_step == 2
+        checkpoints.record(6, {"accuracy": 0.95})
+        _save(checkpoints, state, 7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "7"]
 
 
 def test_a_save_that_was_cut_short_is_cleared_away(state: TrainState, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,8 @@ from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert import save_model
 from vmamba_jax.models import VSSM
 from vmamba_jax.registry import model_config, register_model
+from vmamba_jax.run_folder import choose_step, complete_steps
+from vmamba_jax.training import classification
 from vmamba_jax.training.cli import main
 from vmamba_jax.training.metrics import read_rows
 from vmamba_jax.training.state import abstract_variables
@@ -142,6 +145,45 @@ def test_a_finished_run_can_be_evaluated_by_itself(
     assert last == f"held-out accuracy {100 * recorded:.2f}%"
     assert main(["eval", *_SMALL, f"--run={finished / 'nothing'}"]) == 1
     assert "train first" in capfd.readouterr().err
+
+
+def test_a_checkpoint_that_is_not_there_is_said(
+    finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for step, message in (("foo", "best, latest or a number, not 'foo'"), ("4", "of step 4")):
+        assert main(["eval", *_SMALL, f"--run={finished}", f"--step={step}"]) == 1
+        assert message in capfd.readouterr().err
+    copied = shutil.copytree(finished, tmp_path / "run")
+    for metrics in copied.glob("checkpoints/*/metrics/metrics"):
+        metrics.unlink()
+    assert main(["eval", *_SMALL, f"--run={copied}", "--step=best"]) == 1
+    assert "none of its checkpoints was evaluated" in capfd.readouterr().err
+
+
+def test_a_fault_in_an_evaluation_costs_nothing_and_it_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fault(*_: object) -> None:
+        raise OSError("the disk with the held-out images is gone")
+
+    # No save falls on the end of an epoch, after 3 updates, but for the evaluation there.
+    options = ["--epochs=2", "--log-every=1", "--keep=1", "--save-every=4"]
+    with monkeypatch.context() as patched:
+        patched.setattr(classification, "evaluate", fault)
+        assert _train(tmp_path, *options) == 1
+    assert "disk with the held-out images" in capfd.readouterr().err
+    assert complete_steps(tmp_path / "checkpoints") == [3]
+    assert _train(tmp_path, *options) == 0
+    assert "after update 3 of 6" in capfd.readouterr().out
+    rows = read_rows(tmp_path)
+    assert [row["step"] for row in rows if "accuracy" in row] == [3, 6]
+    best = max((row["accuracy"], row["step"]) for row in rows if "accuracy" in row)[1]
+    assert complete_steps(tmp_path / "checkpoints") == [3, 6]  # the best before, and the latest
+    assert choose_step(tmp_path / "checkpoints", "best") == best
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.metrics(best)["accuracy"] == max(
+            row["accuracy"] for row in rows if "accuracy" in row
+        )
 
 
 def test_throughput_reports_forward_and_backward(capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +76,30 @@ def test_evaluation_counts_every_image_once_whatever_the_padding() -> None:
         assert result.images == 21
         assert result.accuracy == np.mean(ranks < 1)
         assert result.accuracy_top5 == np.mean(ranks < 5)
+
+
+class _Given(nn.Module):
+    """Answers with the image's own numbers as logits."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        return images[:, 0, 0, :]
+
+
+def test_equal_logits_and_rows_that_are_not_finite_are_no_hits() -> None:
+    rows = np.zeros((8, 7), np.float32)  # all equal: the first class alone, the first five
+    rows[1:4] = np.arange(7)
+    rows[2, 0], rows[3, 1] = np.nan, -np.inf
+    rows[4, 3] = 1.0
+    batch = {
+        "image": rows[:, None, None, :],
+        "label": np.array([6, 6, 6, 6, 3, 0, 4, 5], np.int32),
+        "mask": np.ones(8, bool),
+    }
+    mesh = make_mesh(MeshConfig())
+    result = evaluate(make_eval_step(_Given(), mesh), {}, [batch], mesh)
+    assert result.accuracy == 3 / 8  # rows 1, 4 and 5
+    assert result.accuracy_top5 == 4 / 8  # and row 6
 
 
 def test_a_held_out_split_without_readable_images_is_refused() -> None:

@@ -6,10 +6,12 @@ interrupted save or a full disk leaves the ones before it as they were. It holds
 - ``variables`` and ``ema``: the weights, each restorable alone;
 - ``training``: optimizer state, counters and random key;
 - ``data``: the position of the data iterator, good for any number of processes;
-- ``meta``: the run's configuration as JSON.
+- ``meta``: the run's configuration as JSON;
+- ``metrics``: what an evaluation of it found, as JSON, once there was one.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from vmamba_jax.errors import CheckpointError
+from vmamba_jax.run_folder import best_step, complete_steps, read_metrics, write_metrics
 from vmamba_jax.training.state import TrainState
 
 PyTree = Any
@@ -41,22 +44,18 @@ class Checkpoints:
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in _ARRAYS}
         handlers["data"] = ocp.JsonCheckpointHandler()
         handlers["meta"] = ocp.JsonCheckpointHandler()
+        # Evaluations come after the save that they are of, so Orbax does not know of them.
+        self._metrics = {
+            step: read_metrics(self.folder / str(step)) for step in complete_steps(self.folder)
+        }
         policies = checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers=handlers,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep),
-                        policies.BestN(
-                            n=1,
-                            get_metric_fn=lambda metrics: metrics["accuracy"],
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
+                    [policies.LatestN(keep), _Best(self)]
                 ),
-                best_fn=lambda metrics: metrics["accuracy"],
                 # A save that was cut short leaves a temporary folder behind.
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
@@ -84,7 +83,11 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The evaluated checkpoint with the highest accuracy, or None."""
-        return self._manager.best_step()
+        return best_step({step: self.metrics(step) for step in self._manager.all_steps()})
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """What was recorded of a checkpoint; empty before its evaluation."""
+        return self._metrics.get(step, {})
 
     def save(
         self,
@@ -92,7 +95,6 @@ class Checkpoints:
         *,
         data_iterator: Any,
         config: dict[str, Any],
-        accuracy: float | None = None,
     ) -> None:
         """Starts saving in the background, after the previous save has ended.
 
@@ -102,7 +104,6 @@ class Checkpoints:
             state: the state; its step names the checkpoint.
             data_iterator: whose position is saved: `get_state()` gives it as JSON types.
             config: the run's configuration, as JSON types.
-            accuracy: held-out accuracy, if it was measured; decides which checkpoint is the best.
 
         Raises:
             CheckpointError: if this or the previous save could not be written.
@@ -118,12 +119,30 @@ class Checkpoints:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardSave(state.ema)
-        metrics = None if accuracy is None else {"accuracy": accuracy}
         self.wait()
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:
             raise self._write_error(error) from error
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Notes what an evaluation of a saved checkpoint found, once its save has ended.
+
+        Args:
+            step: the checkpoint.
+            metrics: its held-out ``accuracy``, which decides which checkpoint is the best, and
+                what else was measured.
+
+        Raises:
+            CheckpointError: if the checkpoint or this note could not be written.
+        """
+        self.wait()
+        self._metrics[step] = dict(metrics)
+        if jax.process_index() == 0:
+            try:
+                write_metrics(self.folder / str(step), metrics)
+            except OSError as error:
+                raise self._write_error(error) from error
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -242,6 +261,23 @@ class Checkpoints:
             f"a checkpoint could not be written to {self.folder} ({kept}): {reason}. "
             "If the disk is full, make room and run the same command again"
         )
+
+
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Keeps the best checkpoint, as far as they are evaluated."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[Any],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        del context
+        best = best_step({info.step: self._checkpoints.metrics(info.step) for info in checkpoints})
+        return [info.step == best for info in checkpoints]
 
 
 def _training_part(state: TrainState) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if result is not None and jax.process_index() == 0:
-        print(f"held-out accuracy {100 * result.accuracy:.2f}%")
+        print(result.headline())
     return 0
 
 

@@ -1,16 +1,38 @@
 """Held-out loss and accuracy, every image counted exactly once."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from rich.console import RenderableType
 
 from vmamba_jax.training.sharding import put_batch
 from vmamba_jax.training.step import EvalStep
 
 _SUMS = ("count", "loss", "top1", "top5")
+
+
+@runtime_checkable
+class Result(Protocol):
+    """What an evaluation found, whatever the task."""
+
+    def metrics(self) -> dict[str, float]:
+        """What is kept of it beside the weights."""
+        ...
+
+    def summary(self) -> str:
+        """A few words for the line of an evaluation while a run goes."""
+        ...
+
+    def headline(self) -> str:
+        """The one number."""
+        ...
+
+    def details(self) -> RenderableType:
+        """All of it, for the console."""
+        ...
 
 
 class Evaluation(NamedTuple):
@@ -27,6 +49,29 @@ class Evaluation(NamedTuple):
     accuracy_top5: float
     loss: float
     images: int
+
+    def metrics(self) -> dict[str, float]:
+        """What is kept of it beside the weights."""
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_top5": self.accuracy_top5,
+            "val_loss": self.loss,
+        }
+
+    def summary(self) -> str:
+        """Loss and accuracy."""
+        return f"held-out loss {self.loss:.4f}, accuracy {100 * self.accuracy:.2f}%"
+
+    def headline(self) -> str:
+        """The accuracy."""
+        return f"held-out accuracy {100 * self.accuracy:.2f}%"
+
+    def details(self) -> str:
+        """Loss and both accuracies in one line."""
+        return (
+            f"{self.images} images: loss {self.loss:.4f}, top-1 {100 * self.accuracy:.2f}%, "
+            f"top-5 {100 * self.accuracy_top5:.2f}%"
+        )
 
 
 def evaluate(

@@ -1,12 +1,10 @@
 """From a configuration to the objects of a run: sources, batches, model, optimizer, step."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from vmamba_jax.convert.pretrained import load_pretrained
@@ -16,10 +14,8 @@ from vmamba_jax.data import (
     EvalTransform,
     ImageSource,
     TrainTransform,
-    check_same_classes,
     eval_batches,
     mix,
-    open_source,
     train_iterator,
 )
 from vmamba_jax.models.vssm import VSSM
@@ -27,30 +23,11 @@ from vmamba_jax.ops.selective_scan import default_implementation
 from vmamba_jax.registry import model_config
 from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
-from vmamba_jax.training.state import TrainState, abstract_variables, make_state
-from vmamba_jax.training.step import Augment, Batch, TrainStep, make_train_step
+from vmamba_jax.training.segmentation_config import AnyRun, SegmentationConfig
+from vmamba_jax.training.state import abstract_variables, make_state
+from vmamba_jax.training.step import Augment, Batch, make_train_step
+from vmamba_jax.training.task import Learner
 from vmamba_jax.typing import Variables
-
-
-class Sources(NamedTuple):
-    """The two splits of a run's data set."""
-
-    train: ImageSource
-    val: ImageSource
-
-
-def open_sources(config: DataConfig) -> Sources:
-    """Opens both splits and checks that they have the same classes.
-
-    Raises:
-        DataError: if the data can't be used.
-    """
-    sources = Sources(
-        open_source(config.kind, config.root, config.train_split),
-        open_source(config.kind, config.root, config.val_split),
-    )
-    check_same_classes(*sources)
-    return sources
 
 
 def build_model(config: ModelConfig, *, num_classes: int, image_size: int, mesh: Mesh) -> VSSM:
@@ -138,24 +115,6 @@ def starting_weights(config: RunConfig, model: VSSM) -> Variables:
     )
 
 
-class Learner(NamedTuple):
-    """What learns, before any array is made.
-
-    Attributes:
-        model: the model.
-        optimizer: its optimizer.
-        init: builds the state from scratch.
-        train_step: one update, jitted.
-        params: the model's parameters as `jax.ShapeDtypeStruct`.
-    """
-
-    model: VSSM
-    optimizer: optax.GradientTransformationExtraArgs
-    init: Callable[[], TrainState]
-    train_step: TrainStep
-    params: object
-
-
 def build_learner(config: RunConfig, *, num_classes: int, mesh: Mesh) -> Learner:
     """Builds model, optimizer and update; needs neither data nor the mesh's devices."""
     size = config.data.image_size
@@ -182,23 +141,24 @@ def build_learner(config: RunConfig, *, num_classes: int, mesh: Mesh) -> Learner
     )
 
 
-def identity_of(config: RunConfig) -> RunConfig:
+def identity_of(config: AnyRun) -> AnyRun:
     """The part of a configuration that an interrupted run must be resumed with.
 
     Everything else (where the data lies, how many devices and workers there are, how long the run
     is, what is logged) may change.
     """
-    blank = RunConfig()
+    blank = SegmentationConfig() if isinstance(config, SegmentationConfig) else RunConfig()
+    same_data: Any = dataclasses.replace(
+        config.data,
+        root=blank.data.root,
+        workers=blank.data.workers,
+        eval_batch_size=blank.data.eval_batch_size,
+        damaged_is_fatal=blank.data.damaged_is_fatal,
+    )
     return dataclasses.replace(
         blank,
         seed=config.seed,
-        model=config.model,
-        optimizer=config.optimizer,
-        data=dataclasses.replace(
-            config.data,
-            root=blank.data.root,
-            workers=blank.data.workers,
-            eval_batch_size=blank.data.eval_batch_size,
-            damaged_is_fatal=blank.data.damaged_is_fatal,
-        ),
+        model=config.model,  # pyright: ignore[reportArgumentType]
+        optimizer=config.optimizer,  # pyright: ignore[reportArgumentType]
+        data=same_data,
     )
