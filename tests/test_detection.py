@@ -239,3 +239,23 @@ def test_the_released_architecture():
         sample = actual.ravel()[golden[f"{name}_sample_index"]]
         assert_close(sample, golden[f"{name}_sample"])
         np.testing.assert_allclose(np.sqrt((actual**2).mean()), golden[f"{name}_rms"], rtol=1e-4)
+
+
+@pytest.mark.parity
+def test_another_picture_by_plain_pytorch(small):
+    import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+    import torch_mask_rcnn  # noqa: PLC0415
+
+    height, width = 90, 220
+    picture = pad(images((1, 3, height, width), 1)[0].transpose(1, 2, 0), 32)[None]
+    sizes = jnp.asarray([[height, width]], jnp.int32)
+    model = MaskRCNN(small.config)
+    found = jax.jit(model.apply)(small.variables, jnp.asarray(picture), sizes)
+    state = {key: torch.from_numpy(array) for key, array in small.state_dict.items()}
+    with torch.inference_mode():
+        image = torch.from_numpy(to_nchw(picture))
+        expected = [x.numpy() for x in torch_mask_rcnn.detect(state, image, (height, width))]
+    boxes, scores, labels, masks = (np.asarray(x[0])[np.asarray(found.found[0])] for x in found[:4])
+    like = matches(expected[:3], (boxes, scores, labels), width)
+    assert_mostly_matched(like, 0.98)
+    assert_close(masks[like[like >= 0]], expected[3][like >= 0])

@@ -6,8 +6,8 @@ Of the backbones only the later releases' (``forward_type="v05_noz"``), and one 
 
 import math
 
-import torch
-from torch.nn.functional import (
+import torch  # pyright: ignore[reportMissingImports]
+from torch.nn.functional import (  # pyright: ignore[reportMissingImports]
     conv2d,
     conv_transpose2d,
     gelu,
@@ -17,7 +17,7 @@ from torch.nn.functional import (
     silu,
     softplus,
 )
-from torch.nn.functional import linear as product
+from torch.nn.functional import linear as product  # pyright: ignore[reportMissingImports]
 
 STRIDES = (4, 8, 16, 32, 64)
 
