@@ -52,7 +52,7 @@ def main() -> None:
                 "summary": summary,
             },
             prog="vmamba-jax",
-            description="VMamba in JAX: convert checkpoints, classify images, segment, find objects.",
+            description="VMamba in JAX: convert checkpoints; classify, segment, find objects.",
         )
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         _err.print(f"[red]error:[/red] {_escape(error)}", soft_wrap=True, highlight=False)

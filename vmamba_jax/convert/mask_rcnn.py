@@ -35,7 +35,7 @@ _RENAMED = (
 
 def mask_rcnn_weights(config: MaskRCNNConfig) -> tuple[Weight, ...]:
     """Every weight of a `MaskRCNN` under both names."""
-    stages = len(config.backbone.depths)
+    stages = len(config.depths)
     table = [
         weight._replace(
             key=_BACKBONE + weight.key, path=(weight.path[0], "backbone", *weight.path[1:])

@@ -178,7 +178,7 @@ def load_network(
             source, read, config.backbone, name, lambda: from_torch(weights.state_dict, config)
         )
     _logger.warning("%s: it has no heads of %s; they start anew", source, task.holds)
-    stages = range(len(config.backbone.depths))
+    stages = range(len(config.depths))
     backbone = _backbone(source, path, config.backbone, name, stages)
     variables = fresh()
     for collection, tree in backbone.items():

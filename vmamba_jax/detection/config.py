@@ -49,9 +49,14 @@ class MaskRCNNConfig:
         return dataclasses.replace(self, **changes)
 
     @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks in each stage of the backbone."""
+        return tuple(self.backbone.depths)
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """Pixels a position of each level of the pyramid: the stages', and one coarser level."""
-        return tuple(self.backbone.patch_size * 2**i for i in range(len(self.backbone.depths) + 1))
+        return tuple(self.backbone.patch_size * 2**i for i in range(len(self.depths) + 1))
 
 
 @dataclasses.dataclass(frozen=True)

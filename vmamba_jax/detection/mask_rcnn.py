@@ -65,7 +65,7 @@ class MaskRCNN(nn.Module):
         classes = config.num_classes
         self.backbone = VSSMBackbone(
             config.backbone,
-            tuple(range(len(config.backbone.depths))),
+            tuple(range(len(config.depths))),
             scan_implementation=self.scan_implementation,
             **dtypes,
         )
