@@ -165,7 +165,7 @@ def test_a_classifier_s_file_fills_a_segmenter_s_backbone(caplog):
         model, variables = create_segmenter(
             "segmenter_of_a_classifier", pretrained=CLASSIFIER, num_classes=2, channels=8
         )
-    assert "it has no segmenter's heads; they start anew" in caplog.text
+    assert "it has no heads of a segmenter (UPerNet); they start anew" in caplog.text
     assert "it has no outnorm0, outnorm1; they start anew" in caplog.text
     file = load_torch_file(CLASSIFIER)["model"]
     op = variables["params"]["backbone"]["layers_1_blocks_0"]["op"]
