@@ -133,7 +133,7 @@ def load_backbone(
 
 
 def load_segmenter(
-    source: str | os.PathLike[str],
+    source: Literal[True] | str | os.PathLike[str],
     config: UPerNetConfig,
     name: str,
     fresh: Callable[[], Variables],
@@ -142,7 +142,8 @@ def load_segmenter(
     """Trained weights for a segmenter, or for its backbone alone if the source has no heads.
 
     Args:
-        source: the address of a checkpoint, or a path to one or to a saved model.
+        source: the address of a checkpoint, or a path to one or to a saved model; True for the
+            released classifier of `name`.
         config: the architecture to fill. Last layers of another number of classes than the
             source's start anew.
         name: of the backbone's model.
