@@ -25,6 +25,7 @@ from vmamba_jax.convert.tasks import task_of
 from vmamba_jax.models import VSSM
 from vmamba_jax.predict import Result, as_json, draw, find_images, imagenet_classes, predict
 from vmamba_jax.registry import list_models, model_config
+from vmamba_jax.segmentation.cli import segment_images
 
 _Source = Annotated[Path, Positional, arg(metavar="SOURCE")]
 _Target = Annotated[Path, Positional, arg(metavar="TARGET")]
@@ -43,11 +44,12 @@ def main() -> None:
             {
                 "convert": convert,
                 "predict": classify,
+                "segment": segment_images,
                 "models": models,
                 "summary": summary,
             },
             prog="vmamba-jax",
-            description="VMamba in JAX: convert PyTorch checkpoints, classify images, list models.",
+            description="VMamba in JAX: convert PyTorch checkpoints, classify and segment images.",
         )
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         _err.print(f"[red]error:[/red] {_escape(error)}", soft_wrap=True, highlight=False)

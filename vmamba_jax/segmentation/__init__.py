@@ -2,14 +2,16 @@
 
 from vmamba_jax.segmentation.config import UPerNetConfig
 from vmamba_jax.segmentation.create import create_segmenter
-from vmamba_jax.segmentation.loss import IGNORED, segmentation_loss
+from vmamba_jax.segmentation.inference import Inference, segment
+from vmamba_jax.segmentation.loss import segmentation_loss
 from vmamba_jax.segmentation.upernet import SegmenterLogits, UPerNet
 
 __all__ = [
-    "IGNORED",
+    "Inference",
     "SegmenterLogits",
     "UPerNet",
     "UPerNetConfig",
     "create_segmenter",
+    "segment",
     "segmentation_loss",
 ]

@@ -3,11 +3,9 @@
 import jax.numpy as jnp
 import optax
 
+from vmamba_jax.data.decode import IGNORED
 from vmamba_jax.segmentation.upernet import SegmenterLogits, resize
 from vmamba_jax.typing import Array, Float, Int
-
-IGNORED = 255
-"""The label of a pixel that no loss and no metric counts."""
 
 
 def segmentation_loss(
