@@ -3,7 +3,7 @@
 It gives what `vmamba_jax.segmentation.segment` gives, for many images at once on any mesh.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from vmamba_jax.data.decode import IGNORED
 from vmamba_jax.segmentation import UPerNet
+from vmamba_jax.segmentation.inference import windows
 from vmamba_jax.segmentation.upernet import resize
 from vmamba_jax.training.mean_iou import confusion_matrix
 from vmamba_jax.training.segmentation_config import SegmentationData
@@ -65,8 +66,8 @@ def make_segmentation_step(
 def _slide(logits_of: Callable[[Array], Array], images: Array, data: SegmentationData) -> Array:
     """The mean logits of all windows that hold a pixel; the windows run in a loop."""
     size = images.shape[1:3]
-    crop, stride = (data.crop_size,) * 2, (data.stride,) * 2
-    places = list(_windows(size, crop, stride))
+    crop, stride = (data.crop_size, data.crop_size), (data.stride, data.stride)
+    places = list(windows(size, crop, stride))
     corners = np.array([[rows.start, columns.start] for rows, columns in places], np.int32)
     side = tuple(min(c, s) for c, s in zip(crop, size, strict=True))
     shown = np.zeros((*size, 1), np.float32)
@@ -88,21 +89,6 @@ def _slide(logits_of: Callable[[Array], Array], images: Array, data: Segmentatio
     zeros = jnp.zeros((*images.shape[:3], classes), jnp.float32)
     total, _ = jax.lax.scan(add, zeros, jnp.asarray(corners))
     return total / jnp.broadcast_to(jnp.asarray(shown), total.shape)
-
-
-def _windows(
-    size: tuple[int, ...], crop: tuple[int, ...], stride: tuple[int, ...]
-) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of each window; the last ones end with the image."""
-
-    def starts(length: int, side: int, step: int) -> list[int]:
-        count = max(length - side + step - 1, 0) // step + 1
-        return [max(min(i * step, length - side), 0) for i in range(count)]
-
-    rows, columns = map(starts, size, crop, stride)
-    for top in rows:
-        for left in columns:
-            yield slice(top, top + crop[0]), slice(left, left + crop[1])
 
 
 def argmax_resized(
