@@ -279,6 +279,11 @@ def test_a_finished_run_is_evaluated_by_itself_with_every_class(
     assert output.strip().splitlines()[-1] == f"held-out mIoU {100 * recorded:.2f}%"
     for name in ("red", "green", "blue", "12 images"):
         assert name in output
+    by_windows = ["--data.eval-mode=slide", "--data.eval-batch-size=16", "--step=4"]
+    assert main(["eval", "segment", *options(folder, finished, 6), *by_windows]) == 0
+    # The images are as large as a window: both ways are the same.
+    evaluated = next(row["mean_iou"] for row in read_rows(finished) if "mean_iou" in row)
+    assert f"held-out mIoU {100 * evaluated:.2f}%" in capfd.readouterr().out
 
 
 def some(model: Any) -> Any:
