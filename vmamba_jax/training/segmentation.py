@@ -94,7 +94,7 @@ def segmentation_task(config: SegmentationConfig, mesh: Mesh) -> Task:
         held_out=len(source),
         training=training,
         evaluate=held_out,
-        starting_weights=lambda fresh: _starting_weights(config, learner.model, fresh),
+        starting_weights=lambda fresh: starting_weights(config, learner.model, fresh),
         draw=draw,
     )
 
@@ -133,6 +133,33 @@ def build_segmentation_learner(
     )
 
 
+def starting_weights(
+    config: SegmentationConfig, model: UPerNet, fresh: Variables | None
+) -> Variables:
+    """The weights that `config.init_from` names; heads that they have not are the fresh ones.
+
+    Raises:
+        CheckpointError: if there are none, or they are of another model.
+    """
+    source = config.init_from
+    assert source is not None
+
+    def heads() -> Variables:
+        if fresh is None:
+            raise CheckpointError(
+                f"{source} has a backbone without a segmenter's heads: train it before evaluating"
+            )
+        return {collection: dict(tree) for collection, tree in fresh.items()}
+
+    return load_segmenter(
+        True if source == "released" else source,
+        model.config,
+        config.model.name,
+        heads,
+        config.seed,
+    )
+
+
 def _open(data: SegmentationData, split: str) -> LabelMapFolder:
     return LabelMapFolder(
         data.root,
@@ -158,33 +185,6 @@ def _build_model(config: SegmentationConfig, num_classes: int, mesh: Mesh) -> UP
         scan_implementation=default_implementation(mesh.devices.flat[0].platform),
         dtype=jnp.dtype(model.dtype),
         scan_blocks=model.scan_blocks,
-    )
-
-
-def _starting_weights(
-    config: SegmentationConfig, model: UPerNet, fresh: Variables | None
-) -> Variables:
-    """The weights that `config.init_from` names; heads that they have not are the fresh ones.
-
-    Raises:
-        CheckpointError: if there are none, or they are of another model.
-    """
-    source = config.init_from
-    assert source is not None
-
-    def heads() -> Variables:
-        if fresh is None:
-            raise CheckpointError(
-                f"{source} has a backbone without a segmenter's heads: train it before evaluating"
-            )
-        return {collection: dict(tree) for collection, tree in fresh.items()}
-
-    return load_segmenter(
-        True if source == "released" else source,
-        model.config,
-        config.model.name,
-        heads,
-        config.seed,
     )
 
 
