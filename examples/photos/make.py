@@ -96,7 +96,7 @@ def main() -> None:
     every = slice(None)
     for name, picture, training, validation, grid in (
         ("cat", cat(), (slice(CROP, None), every), (slice(CROP), every), ((2, 4), (1, 4))),
-        ("cup", cup(), (every, slice(300)), (every, slice(300, 300 + CROP)), ((3, 3), (3, 1))),
+        ("cup", cup(), (every, slice(250)), (every, slice(250, 250 + CROP)), ((3, 3), (3, 1))),
         ("coin", coins(), (every, slice(376)), (every, slice(376, None)), ((3, 4), (3, 1))),
     ):
         save("training", name, tiles(part(picture, *training), TILE, *grid[0]))

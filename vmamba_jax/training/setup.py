@@ -148,12 +148,10 @@ def identity_of(config: AnyRun) -> AnyRun:
     is, what is logged) may change.
     """
     blank = SegmentationConfig() if isinstance(config, SegmentationConfig) else RunConfig()
+    free = ["root", "workers", "eval_batch_size", "damaged_is_fatal", "eval_mode", "eval_stride"]
     same_data: Any = dataclasses.replace(
         config.data,
-        root=blank.data.root,
-        workers=blank.data.workers,
-        eval_batch_size=blank.data.eval_batch_size,
-        damaged_is_fatal=blank.data.damaged_is_fatal,
+        **{name: getattr(blank.data, name) for name in free if hasattr(blank.data, name)},
     )
     return dataclasses.replace(
         blank,
