@@ -120,7 +120,10 @@ def read_network(
             config = read.config.replace(num_classes=num_classes)
             layers = task_of(config).last_layers(num_classes)
             state_dict, new_head = replace_last_layers(read.state_dict, layers, seed)
-            read = dataclasses.replace(read, state_dict=state_dict, config=config)
+            names = None if new_head else read.class_names
+            read = dataclasses.replace(
+                read, state_dict=state_dict, config=config, class_names=names
+            )
         return _finish(read, new_head)
 
 
