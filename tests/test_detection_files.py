@@ -230,6 +230,7 @@ def test_what_detect_can_t_do_is_said_in_one_line(file, run, tmp_path):
         ((picture, "--checkpoint", file, "--long-side", "0"), "must be positive"),
         ((tmp_path / "none", "--checkpoint", tmp_path / "x.pth"), "x.pth"),
         ((picture, picture, "--checkpoint", file, "--save", "a.png"), "give --save a folder"),
+        ((picture, "--checkpoint", file, "--save", "a.xyz"), "no picture format has that ending"),
     ):
         code, _, err = run("detect", *arguments)
         assert code == 1

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
@@ -72,6 +73,9 @@ def detect_objects(
         raise ValueError("no images: give image files, or folders that hold some")
     if save is not None and save.suffix and len(paths) > 1:
         raise ValueError(f"{len(paths)} images don't fit one picture: give --save a folder")
+    # What can't be written is said before the work and not after it.
+    if save is not None and save.suffix.lower() not in {"", *Image.registered_extensions()}:
+        raise ValueError(f"--save {save}: no picture format has that ending; .png is one")
     read, model, names, _ = _detector(checkpoint, InferenceConfig())
     find = partial(detect, long_side=long_side, short_side=short_side, size_divisor=size_divisor)
     results: list[Found] = []
@@ -79,8 +83,11 @@ def detect_objects(
         task = progress.add_task("detecting", total=len(paths))
         for found in find(model, read.variables(), paths):
             likely = [instance for instance in found.instances if instance.score >= min_score]
-            results.append(found._replace(instances=likely))
+            found = found._replace(instances=likely)  # noqa: PLW2901
+            results.append(found)
             progress.advance(task)
+            if save is not None and found.error is None:
+                draw(found, names, _target(save, found.path, len(results)))
             if found.error is not None:
                 _err.print(
                     f"[red]unreadable:[/red] {escape(f'{found.path}: {found.error}')}",
@@ -90,8 +97,8 @@ def detect_objects(
         print(json.dumps([as_json(found, names) for found in results], indent=1))
     else:
         _print_objects(results, names)
-    if save is not None:
-        _draw_all([found for found in results if found.error is None], names, save)
+    if save is not None and any(found.error is None for found in results):
+        _err.print(f"picture: {escape(str(save))}", soft_wrap=True)
     return 1 if any(found.error is not None for found in results) else 0
 
 
@@ -195,12 +202,9 @@ def _print_objects(results: Sequence[Found], names: Sequence[str]) -> None:
         _out.print(table)
 
 
-def _draw_all(results: Sequence[Found], names: Sequence[str], save: Path) -> None:
-    for i, found in enumerate(results):
-        path = save
-        if not save.suffix:
-            save.mkdir(parents=True, exist_ok=True)
-            # Files of several folders may bear one name.
-            path = save / f"{i:04}-{found.path.stem}.png"
-        draw(found, names, path)
-        _err.print(f"picture: {escape(str(path))}", soft_wrap=True)
+def _target(given: Path, image: Path, number: int) -> Path:
+    """The file that one image is drawn to: `given`, or one in the folder `given`."""
+    folder = given.parent if given.suffix else given
+    folder.mkdir(parents=True, exist_ok=True)
+    # Images of several folders may bear one name.
+    return given if given.suffix else folder / f"{number:04}-{image.stem}.png"

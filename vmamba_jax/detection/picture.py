@@ -40,10 +40,10 @@ def draw(found: Found, class_names: Sequence[str], path: Path) -> None:
         colour = _colour(instance.label)
         canvas.rectangle(instance.box.tolist(), outline=colour, width=unit)
         text = f"{class_names[instance.label]} {instance.score:.2f}"
-        left, top = instance.box[0], max(instance.box[1] - 14 * unit, 0)
-        background = canvas.textbbox((left + unit, top), text, font=font)
-        canvas.rectangle(background, fill=colour)
-        canvas.text((left + unit, top), text, fill="white", font=font)
+        room = image.width - canvas.textlength(text, font)
+        corner = max(0, min(instance.box[0] + unit, room)), max(0, instance.box[1] - 14 * unit)
+        canvas.rectangle(canvas.textbbox(corner, text, font), fill=colour)
+        canvas.text(corner, text, "white", font)
     image.save(path)
 
 
