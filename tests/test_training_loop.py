@@ -19,7 +19,7 @@ from vmamba_jax.models import VSSM
 from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.registry import model_config, register_model
 from vmamba_jax.run_folder import choose_step, complete_steps
-from vmamba_jax.training import loop
+from vmamba_jax.training import classification
 from vmamba_jax.training.cli import main
 from vmamba_jax.training.metrics import read_rows
 from vmamba_jax.training.start import check_same_labels
@@ -178,7 +178,7 @@ def test_a_fault_in_an_evaluation_costs_nothing_and_it_is_made_up_for(
     # No save falls on the end of an epoch, after 3 updates, but for the evaluation there.
     options = ["--epochs=2", "--log-every=1", "--keep=1", "--save-every=4"]
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "evaluate", fault)
+        patched.setattr(classification, "evaluate", fault)
         assert _train(tmp_path, *options) == 1
     assert "disk with the held-out images" in capfd.readouterr().err
     assert complete_steps(tmp_path / "checkpoints") == [3]
