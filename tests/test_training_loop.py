@@ -220,6 +220,7 @@ def test_fine_tuning_takes_architecture_and_weights_of_a_saved_model(
     assert f"starting from {tmp_path / 'seven'}" in output
     assert "a new head of 10 classes in place of 7" in output
     tuned = load_model(run)
+    assert isinstance(tuned.config, VMambaConfig)
     assert tuned.config.mlp_act_layer == "relu"
     assert tuned.class_names == [*"0123456789"]
     assert tuned.preprocessing == Preprocessing(32, 224 / 256)
