@@ -22,18 +22,18 @@ def test_the_ratios_are_those_of_a_direct_count() -> None:
 
     count = jax.jit(confusion_matrix, static_argnums=2)
     matrix = np.asarray(count(jnp.asarray(labels), jnp.asarray(predictions, jnp.int32), CLASSES))
-    result = SegmentationEvaluation.of(matrix, 4)
+    result = SegmentationEvaluation.of(matrix, 4, list("abcde"))
     seen = labels != 255
     for c in range(CLASSES):
         truth, found = (labels == c) & seen, (predictions == c) & seen
         both, either = np.sum(truth & found), np.sum(truth | found)
         assert either == 0 if np.isnan(result.iou[c]) else result.iou[c] == both / either
-        assert np.isnan(result.recall[c]) or result.recall[c] == both / truth.sum()
+        assert np.isnan(result.accuracy[c]) or result.accuracy[c] == both / truth.sum()
     np.testing.assert_array_equal(np.isnan(result.iou), [False] * 4 + [True])
     assert result.iou[2] == result.iou[3] == 0
     assert 0 < result.iou[0] < 1
     assert result.mean_iou == np.mean(result.iou[:4])
-    assert result.mean_recall == np.mean(result.recall[:4])
+    assert result.mean_accuracy == np.mean(result.accuracy[:4])
     assert result.pixel_accuracy == np.mean((labels == predictions)[seen])
 
 
@@ -48,4 +48,4 @@ def test_counts_add_up_over_batches() -> None:
 
 def test_a_split_without_a_counted_pixel_is_refused() -> None:
     with pytest.raises(ValueError, match="no readable pixel"):
-        SegmentationEvaluation.of(np.zeros((3, 3), np.int64), 2)
+        SegmentationEvaluation.of(np.zeros((3, 3), np.int64), 2, list("abc"))

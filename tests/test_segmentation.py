@@ -310,7 +310,7 @@ def test_impossible_segmenters_are_refused(field, value, fault):
 
 @pytest.mark.exhaustive
 def test_the_examples_in_the_docs_run():
-    text = (Path(__file__).parents[1] / "docs" / "segmentation.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "segmenter.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
     # A smaller model and smaller images stand in: the calls are the same.
     code = code.replace("vmamba_tiny_s1l8", "vmamba_digits")
@@ -319,7 +319,7 @@ def test_the_examples_in_the_docs_run():
     code = code.replace("(1024, 512)", "(16, 16)")
     code = code.replace("photograph)  #", "photograph, Inference(scale=(16, 16)))  #")
     names: dict = {}
-    exec(compile(code, "docs/segmentation.md", "exec"), names)
+    exec(compile(code, "docs/segmenter.md", "exec"), names)
     assert names["labels"].shape == (1, 16, 16)
     assert names["config"].channels == 8
     assert jax.tree.structure(names["slopes"]) == jax.tree.structure(names["variables"]["params"])

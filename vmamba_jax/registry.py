@@ -196,3 +196,18 @@ register_model(
         imgsize=32,
     ),
 )
+register_model(
+    "vmamba_photos",
+    VMambaConfig(
+        depths=(1, 1, 1),
+        dims=(32, 64, 128),
+        ssm_d_state=1,
+        ssm_ratio=1.0,
+        ssm_conv_bias=False,
+        forward_type="v05_noz",
+        downsample_version="v3",
+        patchembed_version="v2",
+        mlp_ratio=2.0,
+        imgsize=96,
+    ),
+)

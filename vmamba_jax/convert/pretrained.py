@@ -135,7 +135,7 @@ def load_backbone(
 
 
 def load_network(
-    source: str | os.PathLike[str],
+    source: Literal[True] | str | os.PathLike[str],
     config: UPerNetConfig | MaskRCNNConfig,
     name: str,
     fresh: Callable[[], Variables],
@@ -146,7 +146,8 @@ def load_network(
     The backbone alone is filled if the source is of another task; a log message says so.
 
     Args:
-        source: the address of a checkpoint, or a path to one or to a saved model.
+        source: the address of a checkpoint, or a path to one or to a saved model; True for the
+            released classifier of `name`.
         config: the architecture to fill. Last layers of another number of classes than the
             source's start anew.
         name: of the backbone's model.

@@ -137,19 +137,21 @@ def slide(
     """
     total = np.zeros((*pixels.shape[:2], num_classes), np.float32)
     count = np.zeros(pixels.shape[:2], np.float32)
-    windows = list(_windows(pixels.shape[:2], crop_size, stride))
-    for done, window in enumerate(windows, 1):
+    places = list(windows(pixels.shape[:2], crop_size, stride))
+    for done, window in enumerate(places, 1):
         total[window] += np.asarray(window_logits(pixels[window][None]))
         count[window] += 1
         if on_window is not None:
-            on_window(done, len(windows))
+            on_window(done, len(places))
     total /= count[..., None]
     return total
 
 
-def _windows(
+def windows(
     size: tuple[int, ...], crop_size: tuple[int, int], stride: tuple[int, int]
 ) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of each window of a sliding one; the last ones end with the image."""
+
     def starts(length: int, crop: int, step: int) -> list[int]:
         count = max(length - crop + step - 1, 0) // step + 1
         return [max(min(i * step, length - crop), 0) for i in range(count)]

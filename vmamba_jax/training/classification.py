@@ -81,6 +81,6 @@ def classification_task(config: RunConfig, mesh: Mesh) -> Task:
         held_out=len(source),
         training=training,
         evaluate=held_out,
-        starting_weights=lambda: starting_weights(config, learner.model),
+        starting_weights=lambda _: starting_weights(config, learner.model),
         draw=draw,
     )

@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import TypeVar
 
 import jax
 import tyro
@@ -13,25 +12,32 @@ from vmamba_jax._closest import closest
 from vmamba_jax.training.config import PRESETS, EvalConfig, RunConfig
 from vmamba_jax.training.loop import RunError, evaluate_run, train
 from vmamba_jax.training.report import NotFiniteError
+from vmamba_jax.training.segmentation_config import (
+    SEGMENTATION_PRESETS,
+    AnyRun,
+    SegmentationConfig,
+    SegmentationEvalConfig,
+)
 from vmamba_jax.training.sharding import join_processes
 from vmamba_jax.training.throughput import ThroughputConfig, measure_throughput
 from vmamba_jax.training.topology import CompileConfig, TopologyError, compile_for_topology
 
-Config = TypeVar("Config", bound=RunConfig)
-
-_COMMANDS: dict[str, type[RunConfig]] = {
-    "train": RunConfig,
-    "eval": EvalConfig,
-    "throughput": ThroughputConfig,
-    "compile": CompileConfig,
+_PRESETS: dict[str, AnyRun] = {**PRESETS, **SEGMENTATION_PRESETS}
+_COMMANDS: dict[str, tuple[type[AnyRun], ...]] = {
+    "train": (RunConfig, SegmentationConfig),
+    "eval": (EvalConfig, SegmentationEvalConfig),
+    "throughput": (ThroughputConfig,),
+    "compile": (CompileConfig,),
 }
+"""What each command takes: a classifier's configuration and, where it can, a segmenter's."""
 _DESCRIPTION = f"""Train a VMamba.
 
 python train.py [COMMAND] [PRESET] [OPTIONS]
 
 Commands: train (the default); eval, the held-out accuracy of a run or of pretrained weights;
 throughput, in images per second; compile, which tells whether a run fits a TPU.
-Presets: {", ".join(PRESETS)}. Without arguments: train digits, in a few minutes.
+Presets: {", ".join(PRESETS)} classify; {", ".join(SEGMENTATION_PRESETS)} segment.
+Without arguments: train digits, in a few minutes.
 The same command again goes on where a run stopped.
 """
 
@@ -49,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments[:1] and arguments[0] in _COMMANDS else "train"
     console = Console(highlight=False)
     try:
-        config = _parse(_COMMANDS[command], command, arguments)
+        config = _parse(command, arguments)
         join_processes(config.mesh)
         match config:
-            case EvalConfig():
+            case EvalConfig() | SegmentationEvalConfig():
                 result = evaluate_run(config, console, which=config.step)
             case ThroughputConfig():
                 measure_throughput(config, console)
@@ -70,16 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(kind: type[Config], command: str, arguments: list[str]) -> Config:
-    """Reads ``[PRESET] [OPTIONS]``; the preset gives the options' defaults."""
+def _parse(command: str, arguments: list[str]) -> AnyRun:
+    """Reads ``[PRESET] [OPTIONS]``; the preset gives the task and the options' defaults."""
     preset, options = "digits", arguments
     if arguments and not arguments[0].startswith("-"):
         preset, *options = arguments
-    if preset not in PRESETS:
+    if preset not in _PRESETS:
         raise ValueError(
-            f"unknown command or preset {preset!r}." + closest(preset, (*_COMMANDS, *PRESETS))
+            f"unknown command or preset {preset!r}." + closest(preset, (*_COMMANDS, *_PRESETS))
         )
-    recipe = PRESETS[preset]
+    recipe = _PRESETS[preset]
+    kind = next((kind for kind in _COMMANDS[command] if issubclass(kind, type(recipe))), None)
+    if kind is None:
+        raise ValueError(f"{command} is for classifiers, and preset {preset!r} segments")
     default = kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
     return tyro.cli(
         kind,

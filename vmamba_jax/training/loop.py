@@ -18,6 +18,7 @@ from vmamba_jax.training.config import RunConfig, differences, from_json, to_jso
 from vmamba_jax.training.evaluate import Result
 from vmamba_jax.training.interrupt import StopRequest
 from vmamba_jax.training.report import Report
+from vmamba_jax.training.segmentation import segmentation_task
 from vmamba_jax.training.segmentation_config import AnyRun, SegmentationConfig
 from vmamba_jax.training.setup import identity_of
 from vmamba_jax.training.sharding import check_batch_size, make_mesh, put_batch, replicated
@@ -78,7 +79,7 @@ def train(config: AnyRun, console: Console | None = None) -> Result | None:
         else:
             state = create_state(learner.init, mesh)
             if config.init_from is not None:
-                state = with_weights(state, task.starting_weights())
+                state = with_weights(state, task.starting_weights(state.variables))
                 console.print(f"starting from {config.init_from}", soft_wrap=True)
         _announce(console, config, task, training, start)
         if primary:
@@ -163,7 +164,7 @@ def evaluate_run(
     folder = config.run / "checkpoints"
     with jax.set_mesh(mesh):
         if config.init_from is not None and not folder.exists():
-            variables = jax.device_put(task.starting_weights(), replicated(mesh))
+            variables = jax.device_put(task.starting_weights(None), replicated(mesh))
             console.print(f"weights: {config.init_from}", soft_wrap=True)
         elif folder.exists():
             with Checkpoints(folder, read_only=True) as checkpoints:
@@ -192,8 +193,8 @@ def open_task(config: AnyRun, mesh: Mesh) -> Task:
     match config:
         case RunConfig():
             return classification_task(config, mesh)
-        case _:
-            raise TypeError(f"no task has a configuration of type {type(config).__name__}")
+        case SegmentationConfig():
+            return segmentation_task(config, mesh)
 
 
 def _check_same_run(config: AnyRun, saved: dict[str, Any]) -> None:

@@ -1,10 +1,13 @@
 """Intersection over union of predicted and true label maps, from one confusion matrix."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Integer
+from rich.markup import escape
+from rich.table import Table
 
 from vmamba_jax.data.decode import IGNORED
 
@@ -33,18 +36,22 @@ class SegmentationEvaluation(NamedTuple):
 
     Attributes:
         iou: (classes,) intersection of prediction and truth over their union, in pixels.
-        recall: (classes,) share of a class's pixels that is found.
+        accuracy: (classes,) share of a class's pixels that is found.
         pixel_accuracy: share of all pixels that is right (aAcc).
         images: how many images were counted.
+        class_names: names of the classes.
     """
 
     iou: np.ndarray
-    recall: np.ndarray
+    accuracy: np.ndarray
     pixel_accuracy: float
     images: int
+    class_names: Sequence[str]
 
     @classmethod
-    def of(cls, confusion: np.ndarray, images: int) -> "SegmentationEvaluation":
+    def of(
+        cls, confusion: np.ndarray, images: int, class_names: Sequence[str]
+    ) -> "SegmentationEvaluation":
         """Results from a confusion matrix, true classes in rows.
 
         Raises:
@@ -57,9 +64,10 @@ class SegmentationEvaluation(NamedTuple):
         with np.errstate(invalid="ignore"):
             return cls(
                 iou=hits / (truth + found - hits),
-                recall=hits / truth,
+                accuracy=hits / truth,
                 pixel_accuracy=float(hits.sum() / confusion.sum()),
                 images=images,
+                class_names=class_names,
             )
 
     @property
@@ -68,6 +76,37 @@ class SegmentationEvaluation(NamedTuple):
         return float(np.nanmean(self.iou))
 
     @property
-    def mean_recall(self) -> float:
+    def mean_accuracy(self) -> float:
         """Mean over the classes that occur in truth (mAcc)."""
-        return float(np.nanmean(self.recall))
+        return float(np.nanmean(self.accuracy))
+
+    def metrics(self) -> dict[str, float]:
+        """What is kept of it beside the weights."""
+        return {
+            "mean_iou": self.mean_iou,
+            "mean_accuracy": self.mean_accuracy,
+            "pixel_accuracy": self.pixel_accuracy,
+        }
+
+    def summary(self) -> str:
+        """The three ratios that are usually published."""
+        return (
+            f"held-out mIoU {100 * self.mean_iou:.2f}%, mAcc {100 * self.mean_accuracy:.2f}%, "
+            f"aAcc {100 * self.pixel_accuracy:.2f}%"
+        )
+
+    def headline(self) -> str:
+        """The mean IoU."""
+        return f"held-out mIoU {100 * self.mean_iou:.2f}%"
+
+    def details(self) -> Table:
+        """IoU and accuracy of every class."""
+        table = Table("class", "IoU (%)", "Acc (%)", title=f"{self.images} images")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, iou, accuracy in zip(self.class_names, self.iou, self.accuracy, strict=True):
+            table.add_row(escape(name), f"{100 * iou:.2f}", f"{100 * accuracy:.2f}")
+        table.add_section()
+        table.add_row("mean", f"{100 * self.mean_iou:.2f}", f"{100 * self.mean_accuracy:.2f}")
+        table.add_row("all pixels", "", f"{100 * self.pixel_accuracy:.2f}")
+        return table

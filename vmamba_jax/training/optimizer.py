@@ -273,11 +273,43 @@ def make_optimizer(
 
     decayed = each(lambda weight: is_decayed(weight, decay_ssm=config.decay_ssm))
     scales = each(lambda weight: learning_rate_scale(weight.path, config, model_config.depths))
+    return adamw(
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        decayed=decayed,
+        scales=scales,
+    )
+
+
+def adamw(
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+    decayed: PyTree,
+    scales: PyTree,
+) -> optax.GradientTransformationExtraArgs:
+    """PyTorch's AdamW behind PyTorch's clipping.
+
+    Args:
+        betas: decay of the first and second moments.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay.
+        clip_norm: largest global norm of the gradient; 0 leaves it alone.
+        decayed: for every parameter, whether weight decay applies.
+        scales: for every parameter, the factor of its learning rate; 0 keeps it as it is.
+
+    Returns:
+        An optax transformation; call ``update(grads, state, params, learning_rate=...)``.
+    """
     return optax.chain(
         _freeze(scales),
-        clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.betas[0], b2=config.betas[1], eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=eps),
+        optax.add_decayed_weights(weight_decay, mask=decayed),
         _scale_by_learning_rate(scales),
     )
 

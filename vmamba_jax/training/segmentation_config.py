@@ -13,7 +13,8 @@ class SegmenterConfig:
 
     Attributes:
         name: the backbone, a registered model, see `vmamba_jax.list_models`.
-        channels: channels of both of UPerNet's heads inside.
+        channels: of every map inside the decode head.
+        auxiliary_channels: of the map inside the auxiliary head; 0 leaves that head out.
         drop_path_rate: stochastic depth of the backbone's last block; rises linearly from 0.
         use_checkpoint: recompute each block in the backward pass to save memory.
         dtype: precision of the computation; parameters and optimizer stay float32.
@@ -22,6 +23,7 @@ class SegmenterConfig:
 
     name: str = "vmamba_tiny_s1l8"
     channels: int = 512
+    auxiliary_channels: int = 256
     drop_path_rate: float = 0.2
     use_checkpoint: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -49,7 +51,7 @@ class SegmentationData:
         eval_batch_size: images of one size per evaluation batch, over all devices.
         eval_mode: evaluate an image as a whole, or by windows of the crop's size that slide over
             it (few compiled shapes, whatever the sizes of the images).
-        eval_stride: pixels between windows.
+        eval_stride: pixels from one window to the next; by default two thirds of the crop.
         workers: processes that decode images; 0 uses threads, which is best on few cores.
         damaged_is_fatal: stop at a damaged image instead of skipping and counting it.
     """
@@ -67,7 +69,7 @@ class SegmentationData:
     batch_size: int = 16
     eval_batch_size: int = 8
     eval_mode: Literal["whole", "slide"] = "whole"
-    eval_stride: int = 341
+    eval_stride: int | None = None
     workers: int = 0
     damaged_is_fatal: bool = False
 
@@ -77,11 +79,16 @@ class SegmentationData:
             (self.crop_size < 32, "crop_size must be at least 32"),
             (min(self.scale) < 1, "scale must be two positive sizes"),
             (not 0 < self.ratio[0] <= self.ratio[1], "ratio must be two positive factors, rising"),
-            (not 0 < self.eval_stride <= self.crop_size, "eval_stride must be 1 to crop_size"),
+            (not 0 < self.stride <= self.crop_size, "eval_stride must be 1 to crop_size"),
         )
         for failed, message in problems:
             if failed:
                 raise ValueError(f"data: {message}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one window to the next."""
+        return 2 * self.crop_size // 3 if self.eval_stride is None else self.eval_stride
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,5 +185,26 @@ SEGMENTATION_PRESETS: dict[str, SegmentationConfig] = {
     "segment": _published("", "vmamba_tiny_s1l8", 0.2),
     "segment-small": _published("-small", "vmamba_small_s2l15", 0.3),
     "segment-base": _published("-base", "vmamba_base_s2l15", 0.6),
+    "segment-photos": SegmentationConfig(
+        run=Path("runs/segment-photos"),
+        updates=400,
+        eval_every=50,
+        log_every=5,
+        model=SegmenterConfig(
+            "vmamba_photos", channels=32, auxiliary_channels=16, drop_path_rate=0.0
+        ),
+        data=SegmentationData(
+            root=Path("examples/photos"),
+            crop_size=96,
+            scale=(320, 96),
+            ratio=(1.2, 2.4),
+            photometric=False,  # so few photographs are told apart by their colours
+            batch_size=8,
+            eval_batch_size=10,
+        ),
+        optimizer=SegmentationOptimizer(
+            learning_rate=5e-3, warmup_updates=20, weight_decay=0.05, clip_norm=5.0
+        ),
+    ),
 }
 """The recipes that can be named on the command line."""

@@ -35,7 +35,7 @@ class TrainState:
 
     step: Leaf
     variables: Variables
-    ema: Variables | None
+    ema: PyTree  # jax puts a placeholder of its own where None is, as it shapes a state
     opt_state: PyTree
     rng: Leaf
     skipped: Leaf

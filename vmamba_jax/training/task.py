@@ -60,7 +60,8 @@ class Task(NamedTuple):
         held_out: how many held-out images there are.
         training: opens the training images; evaluation does without them.
         evaluate: the held-out results of variables on the mesh.
-        starting_weights: the weights that the run's `init_from` names, on the host.
+        starting_weights: the weights that the run's `init_from` names. What they have not is taken
+            from the given initial variables; without those it is an error.
         draw: draws a run's curves, and what its variables make of held-out images, into a file.
     """
 
@@ -69,5 +70,5 @@ class Task(NamedTuple):
     held_out: int
     training: Callable[[], Training]
     evaluate: Callable[[Any], Result]
-    starting_weights: Callable[[], Variables]
+    starting_weights: Callable[[Variables | None], Variables]
     draw: Callable[[Path, Variables], None]
