@@ -153,6 +153,7 @@ def test_last_layers_for_other_classes_start_anew_and_that_is_said(file, caplog)
         NAME, pretrained=file, num_classes=3, channels=32, auxiliary_channels=16
     )
     assert "auxiliary_head.conv_seg.bias start anew" in caplog.text
+    assert read_network(file, num_classes=3).class_names is None
     for head, features in (("decode_head", 32), ("auxiliary_head", 16)):
         kernel = variables["params"][head]["conv_seg"]["kernel"]
         assert kernel.shape == (1, 1, features, 3)
@@ -165,7 +166,7 @@ def test_a_classifier_s_file_fills_a_segmenter_s_backbone(caplog):
         model, variables = create_segmenter(
             "segmenter_of_a_classifier", pretrained=CLASSIFIER, num_classes=2, channels=8
         )
-    assert "it has no segmenter's heads; they start anew" in caplog.text
+    assert "it has no heads of a segmenter (UPerNet); they start anew" in caplog.text
     assert "it has no outnorm0, outnorm1; they start anew" in caplog.text
     file = load_torch_file(CLASSIFIER)["model"]
     op = variables["params"]["backbone"]["layers_1_blocks_0"]["op"]

@@ -22,6 +22,7 @@ from vmamba_jax.convert.mapping import is_counter
 from vmamba_jax.convert.pretrained import RELEASES, load_pretrained
 from vmamba_jax.convert.source import Weights, read_network, widens
 from vmamba_jax.convert.tasks import task_of
+from vmamba_jax.detection.cli import detect_objects, evaluate_coco
 from vmamba_jax.models import VSSM
 from vmamba_jax.predict import Result, as_json, draw, find_images, imagenet_classes, predict
 from vmamba_jax.registry import list_models, model_config
@@ -45,11 +46,13 @@ def main() -> None:
                 "convert": convert,
                 "predict": classify,
                 "segment": segment_images,
+                "detect": detect_objects,
+                "coco-eval": evaluate_coco,
                 "models": models,
                 "summary": summary,
             },
             prog="vmamba-jax",
-            description="VMamba in JAX: convert PyTorch checkpoints, classify and segment images.",
+            description="VMamba in JAX: convert checkpoints; classify, segment, find objects.",
         )
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         _err.print(f"[red]error:[/red] {_escape(error)}", soft_wrap=True, highlight=False)

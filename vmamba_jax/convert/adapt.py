@@ -1,5 +1,7 @@
 """Fits a state dict to another number of classes or another image size."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from vmamba_jax.convert.naming import Change
@@ -38,28 +40,29 @@ def replace_head(
     return state_dict, [Change("", key, "initialised", why) for key in _HEAD]
 
 
-def replace_pixel_heads(
-    state_dict: dict[str, np.ndarray], num_classes: int, seed: int = 0
+def replace_last_layers(
+    state_dict: dict[str, np.ndarray], layers: Mapping[str, int], seed: int = 0
 ) -> tuple[dict[str, np.ndarray], list[Change]]:
-    """Gives a segmenter new last layers in its heads, if they have not `num_classes` already.
+    """Gives the heads of a segmenter or detector new last layers, where the outputs are others.
 
     Args:
         state_dict: arrays under PyTorch's names; not changed.
-        num_classes: classes of a pixel.
+        layers: names of the last layers, and the outputs asked for. One that is not there stays
+            away.
         seed: of the new weights, normal with deviation 0.01 as the models initialise theirs.
 
     Returns:
         The new state dict, and what changed.
     """
     state_dict, changes, draw = dict(state_dict), [], np.random.default_rng(seed)
-    for head in ("decode_head", "auxiliary_head"):
-        weight, bias = f"{head}.conv_seg.weight", f"{head}.conv_seg.bias"
-        if weight not in state_dict or state_dict[weight].shape[0] == num_classes:
+    for layer, outputs in layers.items():
+        weight, bias = f"{layer}.weight", f"{layer}.bias"
+        if weight not in state_dict or state_dict[weight].shape[0] == outputs:
             continue
         held, *rest = state_dict[weight].shape
-        state_dict[weight] = np.float32(0.01) * draw.standard_normal((num_classes, *rest), "f4")
-        state_dict[bias] = np.zeros(num_classes, np.float32)
-        why = f"a new layer of {num_classes} classes in place of {held}"
+        state_dict[weight] = np.float32(0.01) * draw.standard_normal((outputs, *rest), "f4")
+        state_dict[bias] = np.zeros(outputs, np.float32)
+        why = f"a new layer of {outputs} outputs in place of {held}"
         changes += [Change("", key, "initialised", why) for key in (weight, bias)]
     return state_dict, changes
 

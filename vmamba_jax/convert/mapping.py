@@ -20,7 +20,7 @@ def weight_table(config: NetworkConfig) -> tuple[Weight, ...]:
 
 
 def from_torch(state_dict: StateDict, config: NetworkConfig) -> Variables:
-    """PyTorch's weights as variables for ``VSSM(config).apply`` or ``UPerNet(config).apply``.
+    """PyTorch's weights as variables for the ``apply`` of the network of this config.
 
     Args:
         state_dict: arrays under PyTorch's names and in its shapes, any float dtype.
@@ -54,11 +54,12 @@ def to_torch(tree: Mapping[str, Any], config: NetworkConfig) -> dict[str, np.nda
 def infer_config(state_dict: StateDict) -> NetworkConfig:
     """The architecture behind a state dict, from its names and shapes alone.
 
-    What leaves no trace there takes the released models' value; `vmamba.infer_config` and
-    `upernet.infer_upernet` say which that is.
+    What leaves no trace there takes the released models' value; `vmamba.infer_config`,
+    `upernet.infer_upernet` and `mask_rcnn.infer_mask_rcnn` say which that is.
 
     Returns:
-        A `VMambaConfig`; or, with a segmenter's heads beside ``backbone.``, a `UPerNetConfig`.
+        A `VMambaConfig`; or, with heads beside ``backbone.``, a `UPerNetConfig` or
+        `MaskRCNNConfig`.
 
     Raises:
         ValueError: if a key that every such network has is missing, or shapes contradict each

@@ -32,6 +32,8 @@ from vmamba_jax.convert.backbone import backbone_from_torch
 from vmamba_jax.convert.identity import describe_difference, differing_fields
 from vmamba_jax.convert.mapping import from_torch
 from vmamba_jax.convert.source import Weights, read_backbone, read_network, read_weights, sha256
+from vmamba_jax.convert.tasks import task_of
+from vmamba_jax.detection.config import MaskRCNNConfig
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.segmentation.config import UPerNetConfig
 from vmamba_jax.typing import Variables
@@ -132,14 +134,16 @@ def load_backbone(
     return _backbone(source, path, config, name, out_indices)
 
 
-def load_segmenter(
+def load_network(
     source: Literal[True] | str | os.PathLike[str],
-    config: UPerNetConfig,
+    config: UPerNetConfig | MaskRCNNConfig,
     name: str,
     fresh: Callable[[], Variables],
     seed: int = 0,
 ) -> Variables:
-    """Trained weights for a segmenter, or for its backbone alone if the source has no heads.
+    """Trained weights for a segmenter or detector, or for its backbone alone.
+
+    The backbone alone is filled if the source is of another task; a log message says so.
 
     Args:
         source: the address of a checkpoint, or a path to one or to a saved model; True for the
@@ -147,32 +151,34 @@ def load_segmenter(
         config: the architecture to fill. Last layers of another number of classes than the
             source's start anew.
         name: of the backbone's model.
-        fresh: makes initial variables of the segmenter.
+        fresh: makes initial variables of the network.
         seed: of new last layers' weights.
 
     Returns:
-        Variables for ``UPerNet(config).apply``.
+        Variables for the network's ``apply``.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged or of another architecture.
         OSError: it can't be read, or fetched and kept.
     """
     source, path = _resolve(source, name)
+    task = task_of(config)
     weights = read_network(path, num_classes=config.num_classes, seed=seed)
     held = weights.config
-    if isinstance(held, UPerNetConfig):
+    if not isinstance(held, VMambaConfig) and task_of(held) is task:
         new = [change.target for change in weights.changes if change.action == "initialised"]
         if new:
             _logger.warning("%s: other classes; %s start anew", source, ", ".join(new))
         read = Weights(weights.state_dict, held.backbone, weights.provenance, weights.changes)
+        apart = {field: getattr(held, field) for field in ("backbone", *task.untraced)}
         if not differing_fields(held.backbone, config.backbone) and (
-            held != config.replace(backbone=held.backbone, dropout=held.dropout)
+            held != config.replace(**apart)
         ):
             raise CheckpointError(f"{source}: its heads are not those asked for: {held}")
         return _fill(
             source, read, config.backbone, name, lambda: from_torch(weights.state_dict, config)
         )
-    _logger.warning("%s: it has no segmenter's heads; they start anew", source)
+    _logger.warning("%s: it has no heads of %s; they start anew", source, task.holds)
     stages = range(len(config.depths))
     backbone = _backbone(source, path, config.backbone, name, stages)
     variables = fresh()

@@ -13,7 +13,7 @@ import numpy as np
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.adapt import (
     replace_head,
-    replace_pixel_heads,
+    replace_last_layers,
     resize_position_embedding,
 )
 from vmamba_jax.convert.artifact import load_model
@@ -105,7 +105,7 @@ def read_network(
     entry: str | None = None,
     prefix: str | None = None,
 ) -> Weights[NetworkConfig]:
-    """Reads all of the network in a file: a classifier, or a segmenter with its heads.
+    """Reads all of the network in a file: a classifier, or a segmenter or detector with its heads.
 
     Takes and raises what `read_weights` does. The type of ``config`` tells which network it is.
     """
@@ -118,8 +118,12 @@ def read_network(
         new_head: list[Change] = []
         if num_classes is not None:
             config = read.config.replace(num_classes=num_classes)
-            state_dict, new_head = replace_pixel_heads(read.state_dict, num_classes, seed)
-            read = dataclasses.replace(read, state_dict=state_dict, config=config)
+            layers = task_of(config).last_layers(num_classes)
+            state_dict, new_head = replace_last_layers(read.state_dict, layers, seed)
+            names = None if new_head else read.class_names
+            read = dataclasses.replace(
+                read, state_dict=state_dict, config=config, class_names=names
+            )
         return _finish(read, new_head)
 
 

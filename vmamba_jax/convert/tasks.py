@@ -9,14 +9,17 @@ from typing import NamedTuple, TypeAlias
 import flax.linen as nn
 
 from vmamba_jax.config import VMambaConfig
+from vmamba_jax.convert.mask_rcnn import infer_mask_rcnn, mask_rcnn_weights
 from vmamba_jax.convert.upernet import infer_upernet, upernet_weights
 from vmamba_jax.convert.vmamba import infer_config, vmamba_weights
 from vmamba_jax.convert.weight import StateDict, Weight
+from vmamba_jax.detection.config import MaskRCNNConfig
+from vmamba_jax.detection.mask_rcnn import MaskRCNN
 from vmamba_jax.models import VSSM
 from vmamba_jax.segmentation.config import UPerNetConfig
 from vmamba_jax.segmentation.upernet import UPerNet
 
-NetworkConfig: TypeAlias = VMambaConfig | UPerNetConfig
+NetworkConfig: TypeAlias = VMambaConfig | UPerNetConfig | MaskRCNNConfig
 
 
 class Task(NamedTuple):
@@ -29,6 +32,9 @@ class Task(NamedTuple):
         marks: beginnings of names that are in every file of the task and in no other's, less the
             prefix that its backbone has too; empty for a bare VMamba.
         parts: first components of the names that belong to the network beside the backbone.
+        last_layers: names of the layers whose outputs are the classes', and how many outputs they
+            have for a number of classes; without a bare VMamba's.
+        untraced: fields of the architecture that leave no trace in the weights.
         config: the type of the architecture.
         network: the module that an architecture describes.
         weights: every weight of an architecture under both names.
@@ -40,6 +46,8 @@ class Task(NamedTuple):
     command: str
     marks: tuple[str, ...]
     parts: tuple[str, ...]
+    last_layers: Callable[[int], dict[str, int]]
+    untraced: tuple[str, ...]
     config: type
     network: Callable[..., nn.Module]
     weights: Callable[..., tuple[Weight, ...]]
@@ -52,6 +60,8 @@ CLASSIFICATION = Task(
     command="vmamba-jax predict",
     marks=(),
     parts=(),
+    last_layers=lambda _: {},
+    untraced=(),
     config=VMambaConfig,
     network=VSSM,
     weights=vmamba_weights,
@@ -63,12 +73,34 @@ SEGMENTATION = Task(
     command="vmamba-jax segment",
     marks=("decode_head.psp_modules.", "decode_head.fpn_bottleneck."),
     parts=("decode_head", "auxiliary_head"),
+    last_layers=lambda classes: {
+        "decode_head.conv_seg": classes,
+        "auxiliary_head.conv_seg": classes,
+    },
+    untraced=("dropout",),
     config=UPerNetConfig,
     network=UPerNet,
     weights=upernet_weights,
     infer_config=infer_upernet,
 )
-TASKS = (CLASSIFICATION, SEGMENTATION)
+DETECTION = Task(
+    name="detection",
+    holds="a detector (Mask R-CNN)",
+    command="vmamba-jax detect",
+    marks=("rpn_head.", "roi_head.bbox_head.fc_cls.", "roi_head.mask_head."),
+    parts=("neck", "rpn_head", "roi_head"),
+    last_layers=lambda classes: {
+        "roi_head.bbox_head.fc_cls": classes + 1,  # and the background
+        "roi_head.bbox_head.fc_reg": 4 * classes,
+        "roi_head.mask_head.conv_logits": classes,
+    },
+    untraced=("anchor_scale", "anchor_ratios"),
+    config=MaskRCNNConfig,
+    network=MaskRCNN,
+    weights=mask_rcnn_weights,
+    infer_config=infer_mask_rcnn,
+)
+TASKS = (CLASSIFICATION, SEGMENTATION, DETECTION)
 
 
 def task_of(config: NetworkConfig) -> Task:

@@ -22,12 +22,14 @@ class Weight(NamedTuple):
         key: PyTorch's name.
         shape: PyTorch's shape.
         path: ours, from the collection down, such as ``("params", "head", "kernel")``.
+        our_shape: ours.
         to_torch: axes of our array in PyTorch's order; what remains is a reshape.
     """
 
     key: str
     shape: tuple[int, ...]
     path: tuple[str, ...]
+    our_shape: tuple[int, ...]
     to_torch: tuple[int, ...]
 
 
@@ -51,7 +53,7 @@ def make_weight(
     if merged:
         torch_shape = (shape[0] * shape[1], *shape[2:])
     key = ".".join(filter(None, [torch_module, _LEAVES.get(path[-1], path[-1])]))
-    return Weight(key, torch_shape, path, axes)
+    return Weight(key, torch_shape, path, shape, axes)
 
 
 def variables_of(state_dict: StateDict, table: Sequence[Weight]) -> Variables:
@@ -90,7 +92,7 @@ def state_dict_of(tree: Mapping[str, Any], table: Sequence[Weight]) -> dict[str,
     """
     flat = flatten(tree)
     table = [weight for weight in table if weight.path[0] in tree]
-    shapes = {weight.path: _our_shape(weight) for weight in table}
+    shapes = {weight.path: weight.our_shape for weight in table}
     problems = [f"missing {'/'.join(path)}" for path in shapes if path not in flat]
     problems += [f"unexpected {'/'.join(map(str, path))}" for path in flat if path not in shapes]
     problems += [
@@ -120,14 +122,9 @@ def flatten(tree: Any) -> dict[tuple[str, ...], Any]:
     return flax.traverse_util.flatten_dict(dict(tree))  # pyright: ignore[reportReturnType]
 
 
-def _our_shape(weight: Weight) -> tuple[int, ...]:
-    return _from_torch_layout(np.broadcast_to(np.float32(0), weight.shape), weight).shape
-
-
 def _from_torch_layout(array: np.ndarray, weight: Weight) -> np.ndarray:
-    if len(weight.to_torch) > array.ndim:
-        array = array.reshape(4, -1, *array.shape[1:])  # K
-    return array.transpose(np.argsort(weight.to_torch))
+    unmerged = [weight.our_shape[axis] for axis in weight.to_torch]
+    return array.reshape(unmerged).transpose(np.argsort(weight.to_torch))
 
 
 def _statistic(counter: str) -> str:

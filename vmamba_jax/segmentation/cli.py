@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
@@ -63,6 +64,11 @@ def segment_images(
     for option, target in (("--save", save), ("--save-labels", save_labels)):
         if target is not None and target.suffix and len(paths) > 1:
             raise ValueError(f"{len(paths)} images don't fit one picture: give {option} a folder")
+    # What can't be written is said before the work and not after it.
+    if save is not None and save.suffix.lower() not in {"", *Image.registered_extensions()}:
+        raise ValueError(f"--save {save}: no picture format has that ending; .png is one")
+    if save_labels is not None and save_labels.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"--save-labels {save_labels}: label maps are written as .png files")
     inference = Inference(mode, scale, crop_size, stride)
     model, variables, names = _segmenter(checkpoint)
     table = Table("image", "class", "share")

@@ -58,8 +58,8 @@ def create_segmenter(
     if pretrained is None:
         return model, fresh()
     # Files, network and Orbax are loaded only when asked for.
-    from vmamba_jax.convert.pretrained import load_segmenter  # noqa: PLC0415
+    from vmamba_jax.convert.pretrained import load_network  # noqa: PLC0415
 
     seed = 0 if rng is None else int(jax.random.bits(rng))
-    variables = load_segmenter(pretrained, config, name, fresh, seed)
+    variables = load_network(pretrained, config, name, fresh, seed)
     return model, jax.tree.map(jnp.asarray, variables)

@@ -4,9 +4,10 @@ No image is padded: a network sees what the published evaluation showed it. So o
 compiled for each size of its input, which is one for all images where the window slides.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ _BAND = 32  # rows of a result that are classified at a time
 Labels = Int32[np.ndarray, "image_H image_W"]
 
 
-class Inference(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Inference:
     """How a photograph is shown to the network; the defaults are the published evaluation's.
 
     Attributes:
@@ -31,12 +33,19 @@ class Inference(NamedTuple):
         scale: longest and shortest side that the image is resized to fit, in pixels.
         crop_size: height and width of a window, in pixels.
         stride: rows and columns from one window to the next.
+
+    Raises:
+        ValueError: for a size or stride that is not positive.
     """
 
     mode: Literal["whole", "slide"] = "whole"
     scale: tuple[int, int] = (2048, 512)
     crop_size: tuple[int, int] = (512, 512)
     stride: tuple[int, int] = (341, 341)
+
+    def __post_init__(self) -> None:
+        if min(*self.scale, *self.crop_size, *self.stride) < 1:
+            raise ValueError("scale, crop size and stride must be positive")
 
 
 def segment(
@@ -59,12 +68,9 @@ def segment(
         int32 labels (H, W) of the photograph's own size.
 
     Raises:
-        ValueError: for a size or stride that is not positive, or an image too small for the
-            network.
+        ValueError: for an image too small for the network.
     """
     inference = inference or Inference()
-    if min(*inference.scale, *inference.crop_size, *inference.stride) < 1:
-        raise ValueError("scale, crop size and stride must be positive")
     height, width = fitted_size(image.height, image.width, inference.scale)
     pixels = Image.fromarray(resize_bilinear(np.asarray(image), height, width))
     return segment_pixels(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vmamba_jax.convert.pretrained import load_segmenter
+from vmamba_jax.convert.pretrained import load_network
 from vmamba_jax.data import (
     BatchIterator,
     LabelMapFolder,
@@ -151,7 +151,7 @@ def starting_weights(
             )
         return {collection: dict(tree) for collection, tree in fresh.items()}
 
-    return load_segmenter(
+    return load_network(
         True if source == "released" else source,
         model.config,
         config.model.name,
