@@ -151,8 +151,8 @@ def some(model: Any) -> Any:
 
 
 def test_batchnorm_sees_the_whole_batch_of_a_mesh() -> None:
-    config = UPerNetConfig(model_config("two_maps"), CLASSES, channels=8, auxiliary_channels=0)
-    model = UPerNet(config.replace(dropout=0.0))
+    backbone = model_config("two_maps").replace(drop_path_rate=0.0)
+    model = UPerNet(UPerNetConfig(backbone, CLASSES, 8, auxiliary_channels=0, dropout=0.0))
     variables = some(model)
     forward = partial(model.apply, train=True, mutable=["batch_stats"])
 

@@ -192,7 +192,7 @@ SEGMENTATION_PRESETS: dict[str, SegmentationConfig] = {
     "segment-base": _published("-base", "vmamba_base_s2l15", 0.6),
     "segment-photos": SegmentationConfig(
         run=Path("runs/segment-photos"),
-        updates=400,
+        updates=300,
         eval_every=50,
         log_every=5,
         model=SegmenterConfig(
