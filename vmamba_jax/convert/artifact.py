@@ -206,12 +206,17 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _described(about: Mapping[str, Any]) -> SavedModel:
+    config, names = VMambaConfig(**about["config"]), about.get("class_names")
+    if names is not None and (
+        len(names) != config.num_classes or not all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"it has {config.num_classes} classes and not as many names")
     steps = about.get("preprocessing")
     return SavedModel(
         {},
-        VMambaConfig(**about["config"]),
+        config,
         about["provenance"],
-        about.get("class_names"),
+        names,
         None if steps is None else Preprocessing.from_json(steps),
     )
 
