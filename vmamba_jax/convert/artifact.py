@@ -208,17 +208,21 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _described(about: Mapping[str, Any]) -> SavedModel:
-    steps = about.get("preprocessing")
     fields = dict(about["config"])
     if "backbone" in fields:
         fields["backbone"] = VMambaConfig(**fields["backbone"])
     # Models saved by earlier versions are classifiers.
-    task = task_named(about.get("task", CLASSIFICATION.name))
+    config = task_named(about.get("task", CLASSIFICATION.name)).config(**fields)
+    names, steps = about.get("class_names"), about.get("preprocessing")
+    if names is not None and (
+        len(names) != config.num_classes or not all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"it has {config.num_classes} classes and not as many names")
     return SavedModel(
         {},
-        task.config(**fields),
+        config,
         about["provenance"],
-        about.get("class_names"),
+        names,
         None if steps is None else Preprocessing.from_json(steps),
     )
 
