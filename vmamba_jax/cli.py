@@ -12,6 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from vmamba_jax.analysis.cli import analyze
 from vmamba_jax.analysis.flops import summarize
 from vmamba_jax.convert.artifact import save_model
 from vmamba_jax.convert.export import save_safetensors, save_torch
@@ -41,11 +42,12 @@ def main() -> None:
             {
                 "convert": convert,
                 "predict": classify,
+                "analyze": analyze,
                 "models": models,
                 "summary": summary,
             },
             prog="vmamba-jax",
-            description="VMamba in JAX: convert PyTorch checkpoints, classify images, list models.",
+            description="VMamba in JAX: convert PyTorch checkpoints, classify and analyze images.",
         )
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         _err.print(f"[red]error:[/red] {_escape(error)}", soft_wrap=True, highlight=False)
