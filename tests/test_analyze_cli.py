@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from rich.console import Console
 from rich.progress import Progress
 
 from vmamba_jax import cli, create_model, register_model
@@ -90,7 +91,7 @@ class _Interrupted(ImageFiles):
 def test_an_interrupted_analysis_keeps_what_is_done(photos, tmp_path):
     model, variables = create_model("tiny")
     paths = sorted(photos.rglob("*.png"))
-    stop, folder = StopRequest(), ResultFolder(tmp_path, "png")
+    stop, folder = StopRequest(), ResultFolder(tmp_path, "png", Console(quiet=True))
     with Progress(disable=True) as progress:
 
         def views(at: int) -> Views:
@@ -131,6 +132,8 @@ def test_an_interrupted_analysis_keeps_what_is_done(photos, tmp_path):
         (("--model", "tiny", "--image-size", "0"), "must be positive"),
         (("--model", "tiny", "--queries", "224", "0"), "must lie on the image"),
         (("--model", "tiny", "--stages", "1"), "stages 0 to 0"),
+        (("--model", "tiny", "--block", "1"), "the blocks 0 to 0"),
+        (("--model", "tiny", "--views", "resolution", "--sizes", "64", "4"), "too small"),
         (("--model", "tiny", "--labelled"), "has 2 classes and the model 10"),
         ((), "--checkpoint PATH or --model NAME"),
         (("--model", "tyny"), "unknown model"),

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from vmamba_jax.analysis.capture import resolve_stage
+from vmamba_jax.analysis.capture import resolve_block, resolve_stage
 from vmamba_jax.analysis.files import label_by_folder, readable_files
+from vmamba_jax.analysis.flops import summarize
 from vmamba_jax.analysis.resolution import SIZES, Resolution
 from vmamba_jax.analysis.views import ResultFolder, Views
 from vmamba_jax.convert.pretrained import load_pretrained
@@ -90,13 +90,17 @@ def analyze(
     if any(not (0 <= y < height and 0 <= x < width) for y, x in queries):
         raise ValueError(f"--queries must lie on the image, which is {height}x{width} pixels")
     stages = tuple(resolve_stage(config, s) for s in stages or range(len(config.depths)))
+    # What can't be done is said before anything is.
+    for side in sizes if "resolution" in views else ():
+        summarize(config, side)
+    for stage in stages if "activation" in views else ():
+        resolve_block(config, stage, block)
     labels = label_by_folder(images, paths, names, config.num_classes) if labelled else None
-    out.mkdir(parents=True, exist_ok=True)
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_err, transient=True) as progress, StopRequest() as stop:
         files = readable_files(paths, labels, progress, stop)
-        folder = ResultFolder(out, format_)
+        folder = ResultFolder(out, format_, _out)
         show = Views(network, variables, files, (height, width), progress, stop, folder)
         for view in views:
             match view:
@@ -107,12 +111,9 @@ def analyze(
                 case "features":
                     show.features(pictures)
                 case "resolution":
-                    rows = show.resolutions(sizes, labelled, batch_size)
-                    _print_resolutions(rows)
+                    _print_resolutions(show.resolutions(sizes, labelled, batch_size))
             if stop.name:
                 break
-    for path in folder.written:
-        _out.print(f"written: {escape(str(path))}", soft_wrap=True, highlight=False)
     if stop.name:
         _err.print("interrupted: what is written is of the images done before")
         return 130

@@ -75,7 +75,7 @@ def draw_activation_maps(
     height, width = picture.shape[:2]
     for i, (cells, (title, found, q)) in enumerate(zip(axes, rows, strict=True)):
         y, x = queries[q]
-        cells[0].imshow(picture)
+        cells[0].imshow(picture, extent=(0, width, height, 0))
         shown = (*found.routes[q], found.merged[q])
         for cell, name, weights in zip(cells[1:], (*names, "merged"), shown, strict=True):
             largest = max(float(weights.max()), 1e-30)
@@ -84,6 +84,7 @@ def draw_activation_maps(
                 cell.set_title(name, fontsize=9)
         for cell in cells:
             cell.plot(x * width, y * height, "+", color="cyan", markersize=8)
+            cell.set(xlim=(0, width), ylim=(height, 0))
         _label(cells[0], title)
     return figure
 

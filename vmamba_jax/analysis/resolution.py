@@ -78,10 +78,12 @@ def resolution_sweep(
         One result a size, as soon as it is known.
 
     Raises:
-        ValueError: for no image, no size, or one that leaves nothing in the last stage.
+        ValueError: for no image, no head, no size, or one that leaves nothing in the last stage.
     """
     if not samples or not sizes or batch_size < 1:
         raise ValueError("a sweep needs images, sizes and a positive batch size")
+    if model.config.num_classes == 0:
+        raise ValueError("a sweep needs a classifier, and this model has no head")
     costs = [sum(part.flops for part in summarize(model.config, size)) for size in sizes]
     batch_size = min(batch_size, len(samples))
     labels, first = None, None

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from vmamba_jax.analysis.activation import activation_maps
@@ -27,26 +29,34 @@ from vmamba_jax.typing import Variables
 
 
 class ResultFolder:
-    """Where results go, and what is there."""
+    """Where results go; made with the first of them.
 
-    def __init__(self, path: Path, suffix: str) -> None:
-        self._path, self._suffix = path, suffix
-        self.written: list[Path] = []
+    Args:
+        path: the folder.
+        suffix: format of the figures.
+        console: told of each figure.
+    """
+
+    def __init__(self, path: Path, suffix: str, console: Console) -> None:
+        self._path, self._suffix, self._console = path, suffix, console
 
     def write(self, name: str, figure: Any, arrays: dict[str, Any]) -> None:
         """A figure and the arrays behind it."""
-        picture = self._path / f"{name}.{self._suffix}"
-        figure.savefig(picture, dpi=200)
+        self._write_figure(name, figure)
         np.savez_compressed(self._path / f"{name}.npz", **arrays)
-        self.written.append(picture)
 
     def write_json(self, name: str, figure: Any, rows: Sequence[Resolution]) -> None:
         """A figure and the numbers behind it."""
-        picture = self._path / f"{name}.{self._suffix}"
-        figure.savefig(picture, dpi=200)
+        self._write_figure(name, figure)
         text = json.dumps([row._asdict() for row in rows], indent=1)
         (self._path / f"{name}.json").write_text(text + "\n")
-        self.written.append(picture)
+
+    def _write_figure(self, name: str, figure: Any) -> None:
+        self._path.mkdir(parents=True, exist_ok=True)
+        picture = self._path / f"{name}.{self._suffix}"
+        figure.savefig(picture, dpi=200)
+        written = f"written: {escape(str(picture))}"
+        self._console.print(written, soft_wrap=True, highlight=False)
 
 
 class Views:
