@@ -22,7 +22,7 @@ from vmamba_jax.models import VSSM
 from vmamba_jax.typing import Array, Variables
 
 SIZES = (224, 384, 512, 640, 768, 1024)
-"""Those of the paper's comparison, in pixels."""
+"""Sides in pixels, from the usual size of training up."""
 
 _RUNS = 3
 
