@@ -12,6 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from vmamba_jax.analysis.cli import analyze
 from vmamba_jax.analysis.flops import summarize
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.artifact import save_model
@@ -51,11 +52,12 @@ def main() -> None:
                 "segment": segment_images,
                 "detect": detect_objects,
                 "coco-eval": evaluate_coco,
+                "analyze": analyze,
                 "models": models,
                 "summary": summary,
             },
             prog="vmamba-jax",
-            description="VMamba in JAX: convert checkpoints; classify, segment, find objects.",
+            description="VMamba in JAX: convert checkpoints; classify, segment, find objects, analyze.",
         )
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         _err.print(f"[red]error:[/red] {_escape(error)}", soft_wrap=True, highlight=False)
