@@ -1,6 +1,7 @@
 """Checkpoints: other device counts, what is kept, and what a failed save costs."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from vmamba_jax.training.state import TrainState, abstract_state, create_state, 
 
 _OPTIMIZER = make_optimizer(OptimizerConfig(), CONFIG)
 _STEPS = Preprocessing((24, 40), 0.9, (0.5,), (0.25,))
-_ABOUT = describe_model(CONFIG, {"init_from": "elsewhere"}, ["a", "b"], _STEPS)
+_ABOUT = describe_model(CONFIG, {"init_from": "elsewhere"}, [*"abcdefghij"], _STEPS)
 _INIT = make_state(VSSM(CONFIG), _OPTIMIZER, image_shape=SHAPE, seed=3, ema=True)
 
 
@@ -179,7 +180,7 @@ def test_every_checkpoint_of_a_run_is_a_model(state: TrainState, tmp_path: Path)
         _save(checkpoints, later, 2)
     saved = load_model(tmp_path / "run")
     assert saved.config == CONFIG
-    assert saved.class_names == ["a", "b"]
+    assert saved.class_names == [*"abcdefghij"]
     assert saved.preprocessing == _STEPS
     assert saved.provenance == {
         "init_from": "elsewhere",
@@ -198,6 +199,9 @@ def test_every_checkpoint_of_a_run_is_a_model(state: TrainState, tmp_path: Path)
             load_model(tmp_path / "run", step=step)
     with pytest.raises(CheckpointError, match="chosen among the checkpoints of a run"):
         load_model(one, step="2")
+    (one / "model" / "metadata").write_text(json.dumps({**_ABOUT, "class_names": ["a"]}))
+    with pytest.raises(CheckpointError, match="10 classes and not as many names"):
+        load_model(one)
 
 
 def test_checkpoints_of_an_earlier_version_are_models_too(

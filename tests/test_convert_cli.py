@@ -14,7 +14,7 @@ import recipe
 import torch_writer
 from PIL import Image
 
-from vmamba_jax import VSSM, cli, list_models
+from vmamba_jax import VSSM, VMambaConfig, cli, list_models
 from vmamba_jax.convert import load_model, load_torch_file, read_weights
 from vmamba_jax.data.augment import EvalTransform
 from vmamba_jax.imagenet import imagenet_classes
@@ -317,6 +317,7 @@ print(peak() - before)
     extra = int(in_a_process(script, path, tmp_path / "model").splitlines()[-1])
     assert extra < 1.5 * path.stat().st_size
     saved = load_model(tmp_path / "model")
+    assert isinstance(saved.config, VMambaConfig)
     images = jnp.asarray(
         recipe.images(meta["input_shape_nchw"], meta["seed"]).transpose(0, 2, 3, 1)
     )

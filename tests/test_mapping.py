@@ -12,7 +12,8 @@ from vmamba_jax import VMambaConfig, list_models, model_config
 from vmamba_jax.convert import from_torch, infer_config, to_torch
 from vmamba_jax.convert.mapping import weight_table
 
-FILES = sorted((Path(__file__).parent / "data").glob("golden_*/*.npz"))
+DATA = Path(__file__).parent / "data"
+FILES = sorted([*DATA.glob("golden_small/*.npz"), *DATA.glob("golden_released/*.npz")])
 
 
 def golden(path):

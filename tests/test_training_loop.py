@@ -19,7 +19,7 @@ from vmamba_jax.models import VSSM
 from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.registry import model_config, register_model
 from vmamba_jax.run_folder import choose_step, complete_steps
-from vmamba_jax.training import loop
+from vmamba_jax.training import classification
 from vmamba_jax.training.cli import main
 from vmamba_jax.training.metrics import read_rows
 from vmamba_jax.training.start import check_same_labels
@@ -178,7 +178,7 @@ def test_a_fault_in_an_evaluation_costs_nothing_and_it_is_made_up_for(
     # No save falls on the end of an epoch, after 3 updates, but for the evaluation there.
     options = ["--epochs=2", "--log-every=1", "--keep=1", "--save-every=4"]
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "evaluate", fault)
+        patched.setattr(classification, "evaluate", fault)
         assert _train(tmp_path, *options) == 1
     assert "disk with the held-out images" in capfd.readouterr().err
     assert complete_steps(tmp_path / "checkpoints") == [3]
@@ -220,6 +220,7 @@ def test_fine_tuning_takes_architecture_and_weights_of_a_saved_model(
     assert f"starting from {tmp_path / 'seven'}" in output
     assert "a new head of 10 classes in place of 7" in output
     tuned = load_model(run)
+    assert isinstance(tuned.config, VMambaConfig)
     assert tuned.config.mlp_act_layer == "relu"
     assert tuned.class_names == [*"0123456789"]
     assert tuned.preprocessing == Preprocessing(32, 224 / 256)

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import jax
 import jax.monitoring
@@ -116,9 +117,9 @@ def test_the_reference_differentiates_forward(params):
 def test_a_second_call_without_jit_compiles_nothing(params):
     compiled = []
 
-    def listen(event, seconds, **_):
+    def listen(event, duration_secs, **_):
         if "backend_compile" in event:
-            compiled.append(seconds)
+            compiled.append(duration_secs)
 
     MODEL.apply({"params": params}, IMAGES)
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -157,6 +158,7 @@ def test_an_ensemble_is_its_members(params):
 def test_linens_own_tools_work(params):
     table = MODEL.tabulate(jax.random.key(0), IMAGES, compute_flops=True, console_kwargs={"width": 200})
     assert "layers_1_blocks_0" in table
+    seen: Any
     _, seen = MODEL.apply({"params": params}, IMAGES, capture_intermediates=True)
     assert seen["intermediates"]["layers_0_blocks_0"]["__call__"][0].shape == (4, 8, 8, 16)
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vmamba_jax import VSSM, create_model, register_model
 from vmamba_jax.cli import main as vmamba_jax
+from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert import infer_config, load_model, read_weights
 from vmamba_jax.data.augment import EvalTransform
 from vmamba_jax.training.cli import main as train
@@ -105,6 +106,7 @@ def test_a_run_predicts_its_own_classes_and_converts_to_pytorch(
     folder = load_model(tmp_path / "folder")
     assert folder.class_names == CLASSES
     assert folder.preprocessing == saved.preprocessing
+    assert isinstance(saved.config, VMambaConfig)
     register_model("walked", saved.config.replace(num_classes=1000))
     _, variables = create_model("walked", pretrained=run, num_classes=3)
     jax.tree.map(np.testing.assert_array_equal, variables, saved.variables)

@@ -12,7 +12,9 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from vmamba_jax.analysis.cli import analyze
 from vmamba_jax.analysis.flops import summarize
+from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.artifact import save_model
 from vmamba_jax.convert.export import save_safetensors, save_torch
 from vmamba_jax.convert.hugging_face import one_rank_note, save_port
@@ -21,11 +23,14 @@ from vmamba_jax.convert.mapping import is_counter
 from vmamba_jax.convert.pretrained import load_pretrained
 from vmamba_jax.convert.releases import RELEASES
 from vmamba_jax.convert.source import Weights, read_weights, widens
+from vmamba_jax.convert.tasks import task_of
+from vmamba_jax.detection.cli import detect_objects, evaluate_coco
 from vmamba_jax.imagenet import imagenet_classes
 from vmamba_jax.models import VSSM
 from vmamba_jax.predict import Result, as_json, draw, find_images, predict
 from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, for_channels
 from vmamba_jax.registry import list_models, model_config
+from vmamba_jax.segmentation.cli import segment_images
 
 _Source = Annotated[Path, Positional, arg(metavar="SOURCE")]
 _Target = Annotated[Path, Positional, arg(metavar="TARGET")]
@@ -44,11 +49,15 @@ def main() -> None:
             {
                 "convert": convert,
                 "predict": classify,
+                "segment": segment_images,
+                "detect": detect_objects,
+                "coco-eval": evaluate_coco,
+                "analyze": analyze,
                 "models": models,
                 "summary": summary,
             },
             prog="vmamba-jax",
-            description="VMamba in JAX: convert PyTorch checkpoints, classify images, list models.",
+            description="VMamba in JAX: convert checkpoints; classify, segment, find objects, analyze.",
         )
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         _err.print(f"[red]error:[/red] {_escape(error)}", soft_wrap=True, highlight=False)
@@ -113,6 +122,12 @@ def convert(
             prefix=prefix,
             step=step,
         )
+    config = read.config
+    if form == "huggingface" and not isinstance(config, VMambaConfig):
+        raise ValueError(
+            f"{source}: it holds {task_of(config).holds}, and the Hugging Face port has only "
+            "classifiers; write a folder of this package, a .safetensors or a .pth file"
+        )
     with _err.status(f"writing {target}"):
         match form:
             case "safetensors":
@@ -120,7 +135,8 @@ def convert(
             case "pth":
                 save_torch(target, read.state_dict)
             case "huggingface":
-                save_port(target, read.state_dict, read.config, read.class_names)
+                assert isinstance(config, VMambaConfig)
+                save_port(target, read.state_dict, config, read.class_names)
             case _:
                 save_model(
                     target,
@@ -266,7 +282,11 @@ def _classifier(
         raise ValueError("give either --checkpoint PATH or --model NAME --pretrained")
     if checkpoint is not None:
         read = read_weights(checkpoint, image_size=size, step=step)
-        config, variables, names = read.config, read.variables(), read.class_names
+        config, names = read.config, read.class_names
+        if not isinstance(config, VMambaConfig):
+            task = task_of(config)
+            raise ValueError(f"{checkpoint} holds {task.holds}: run it with `{task.command}`")
+        variables = read.variables()
         steps = read.preprocessing
         if read.provenance.get("layout") == "training run":
             _err.print(f"weights: {_escape(_which(read.provenance))}", highlight=False)
@@ -319,14 +339,20 @@ def _report(read: Weights, target: Path, form: str) -> None:
     if form == "orbax" and rounded:
         kinds = ", ".join(sorted(set(rounded)))
         _out.print(f"not kept: {len(rounded)} tensors of {kinds} are rounded to float32")
-    if form == "huggingface" and (note := one_rank_note(config)):
+    if (
+        form == "huggingface"
+        and isinstance(config, VMambaConfig)
+        and (note := one_rank_note(config))
+    ):
         _out.print(f"note: {note}", soft_wrap=True, highlight=False)
     about = read.provenance
+    vmamba = config if isinstance(config, VMambaConfig) else config.backbone
+    head = "" if vmamba is config else f"{task_of(config).network.__name__} on "
     lines = {
         "layout": about.get("layout"),
         "weights": _which(about),
         "prefix": about.get("prefix") or "none",
-        "model": f"depths {config.depths}, dims {config.stage_dims}, {config.forward_type}, "
+        "model": f"{head}depths {vmamba.depths}, dims {vmamba.stage_dims}, {vmamba.forward_type}, "
         f"{config.num_classes} classes",
         "written": f"{target} ({form})",
     }

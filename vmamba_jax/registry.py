@@ -2,13 +2,14 @@
 
 import fnmatch
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from vmamba_jax._closest import closest
 from vmamba_jax.config import VMambaConfig
-from vmamba_jax.models import VSSM
+from vmamba_jax.models import VSSM, VSSMBackbone
 from vmamba_jax.typing import Array, Dtype, Variables
 
 _registry: dict[str, VMambaConfig] = {}
@@ -94,6 +95,53 @@ def create_model(
     return model, variables
 
 
+def create_backbone(
+    name: str,
+    *,
+    pretrained: bool | str | os.PathLike[str] = False,
+    out_indices: Sequence[int] | None = None,
+    dtype: Dtype = jnp.float32,
+    rng: Array | None = None,
+    **config_overrides: object,
+) -> tuple[VSSMBackbone, Variables]:
+    """Builds a registered model without its classifier, for a detector, segmenter or decoder.
+
+    Args:
+        name: one of `list_models`.
+        pretrained: True for the weights that were released under this name, fetched once and
+            kept; or the address of a checkpoint, or a path to one: a classifier's, or a
+            segmenter's or detector's, whose backbone is taken. Norms of the maps that it has not
+            start anew, and a log message says so.
+        out_indices: the stages whose maps are returned; None: all.
+        dtype: compute dtype; parameters are float32.
+        rng: key of the initial values; None: ``jax.random.key(0)``.
+        **config_overrides: other fields of `VMambaConfig`.
+
+    Returns:
+        The module, whose `feature_info` tells each map's channels and stride, and its variables
+        for ``backbone.apply``.
+
+    Raises:
+        ValueError: for an unknown model, field or stage, or a value that a field can't take; as
+            `vmamba_jax.convert.CheckpointError` for pretrained weights that can't be had or don't
+            fit.
+        OSError: if the pretrained weights can't be read.
+    """
+    config = model_config(name).replace(**config_overrides)
+    if out_indices is None:
+        out_indices = range(len(config.depths))
+    backbone = VSSMBackbone(config, tuple(out_indices), dtype=dtype)
+    if pretrained:
+        # Files, network and Orbax are loaded only when asked for.
+        from vmamba_jax.convert.pretrained import load_backbone  # noqa: PLC0415
+
+        variables = load_backbone(pretrained, config, name, backbone.out_indices)
+        return backbone, jax.tree.map(jnp.asarray, variables)
+    images = jnp.zeros((1, *config.input_size, config.in_chans), jnp.float32)
+    variables = jax.jit(backbone.init)(jax.random.key(0) if rng is None else rng, images)
+    return backbone, variables
+
+
 def _register_released() -> None:
     vanilla = VMambaConfig(
         ssm_d_state=16,
@@ -149,5 +197,20 @@ register_model(
         patchembed_version="v2",
         mlp_ratio=2.0,
         imgsize=32,
+    ),
+)
+register_model(
+    "vmamba_photos",
+    VMambaConfig(
+        depths=(1, 1, 1),
+        dims=(32, 64, 128),
+        ssm_d_state=1,
+        ssm_ratio=1.0,
+        ssm_conv_bias=False,
+        forward_type="v05_noz",
+        downsample_version="v3",
+        patchembed_version="v2",
+        mlp_ratio=2.0,
+        imgsize=96,
     ),
 )

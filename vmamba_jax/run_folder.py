@@ -18,12 +18,19 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def best_step(metrics: Mapping[int, Mapping[str, float]]) -> int | None:
-    """The step with the highest accuracy, the last one of equals; None if none was evaluated.
+    """The step with the highest score, the last one of equals; None if none was evaluated.
+
+    A segmenter's score is its mean IoU, a classifier's its accuracy.
 
     Args:
         metrics: step -> what an evaluation found; empty where there was none.
     """
-    evaluated = {step: found["accuracy"] for step, found in metrics.items() if "accuracy" in found}
+    evaluated = {
+        step: found[score]
+        for step, found in metrics.items()
+        for score in ("mean_iou", "accuracy")
+        if score in found
+    }
     return max(evaluated, key=lambda step: (evaluated[step], step), default=None)
 
 

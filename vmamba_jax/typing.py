@@ -21,7 +21,7 @@ Feature maps are channels-last everywhere: ``(B, H, W, C)``.
 from typing import Any, TypeAlias
 
 import jax
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 
 FeatureMap: TypeAlias = Float[Array, "B H W C"]
 ResampledMap: TypeAlias = Float[Array, "B h w c"]
@@ -33,6 +33,7 @@ Dtype: TypeAlias = jax.typing.DTypeLike
 
 __all__ = [
     "Array",
+    "Bool",
     "Dtype",
     "FeatureMap",
     "Float",
@@ -40,5 +41,6 @@ __all__ = [
     "Int",
     "Num",
     "ResampledMap",
+    "UInt8",
     "Variables",
 ]

@@ -1,5 +1,7 @@
 """Fits a state dict to another number of classes or to other images."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from vmamba_jax.convert.naming import Change
@@ -39,7 +41,7 @@ def replace_head(
 
 
 def replace_input_channels(
-    state_dict: dict[str, np.ndarray], channels: int
+    state_dict: dict[str, np.ndarray], channels: int, start: str = ""
 ) -> tuple[dict[str, np.ndarray], list[Change]]:
     """Fits the first convolution to images of other channels than RGB, as timm does.
 
@@ -47,6 +49,7 @@ def replace_input_channels(
         state_dict: arrays under PyTorch's names; not changed.
         channels: of the images. One takes the sum of the three kernels; more take them in turn,
             scaled by 3 / channels, so that the response to equal channels stays.
+        start: what the names of the VMamba begin with.
 
     Returns:
         The new state dict, and what changed.
@@ -54,7 +57,7 @@ def replace_input_channels(
     Raises:
         CheckpointError: it is for images of other channels, and not of three.
     """
-    key = "patch_embed.0.weight"
+    key = f"{start}patch_embed.0.weight"
     kernel = state_dict[key]
     held = kernel.shape[1]
     if held == channels:
@@ -70,6 +73,33 @@ def replace_input_channels(
         new = wide[:, np.arange(channels) % 3] * np.float32(3 / channels)
         why = f"R, G and B in turn for {channels} channels, times 3/{channels}"
     return {**state_dict, key: new.astype(kernel.dtype)}, [Change(key, key, "adapted", why)]
+
+
+def replace_last_layers(
+    state_dict: dict[str, np.ndarray], layers: Mapping[str, int], seed: int = 0
+) -> tuple[dict[str, np.ndarray], list[Change]]:
+    """Gives the heads of a segmenter or detector new last layers, where the outputs are others.
+
+    Args:
+        state_dict: arrays under PyTorch's names; not changed.
+        layers: names of the last layers, and the outputs asked for. One that is not there stays
+            away.
+        seed: of the new weights, normal with deviation 0.01 as the models initialise theirs.
+
+    Returns:
+        The new state dict, and what changed.
+    """
+    state_dict, changes, draw = dict(state_dict), [], np.random.default_rng(seed)
+    for layer, outputs in layers.items():
+        weight, bias = f"{layer}.weight", f"{layer}.bias"
+        if weight not in state_dict or state_dict[weight].shape[0] == outputs:
+            continue
+        held, *rest = state_dict[weight].shape
+        state_dict[weight] = np.float32(0.01) * draw.standard_normal((outputs, *rest), "f4")
+        state_dict[bias] = np.zeros(outputs, np.float32)
+        why = f"a new layer of {outputs} outputs in place of {held}"
+        changes += [Change("", key, "initialised", why) for key in (weight, bias)]
+    return state_dict, changes
 
 
 def resize_position_embedding(

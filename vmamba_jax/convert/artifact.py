@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.layout import WeightChoice
+from vmamba_jax.convert.tasks import CLASSIFICATION, NetworkConfig, task_named, task_of
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.registry import model_config
@@ -34,7 +35,7 @@ class SavedModel(NamedTuple):
     """What `save_model` keeps.
 
     Attributes:
-        variables: NumPy arrays in the tree that ``VSSM(config).apply`` takes.
+        variables: NumPy arrays in the tree that the network's ``apply`` takes.
         config: the architecture.
         provenance: where the weights came from, as JSON types.
         class_names: names of the classes, where they were known.
@@ -42,20 +43,21 @@ class SavedModel(NamedTuple):
     """
 
     variables: Variables
-    config: VMambaConfig
+    config: NetworkConfig
     provenance: dict[str, Any]
     class_names: list[str] | None
     preprocessing: Preprocessing | None = None
 
 
 def describe_model(
-    config: VMambaConfig,
+    config: NetworkConfig,
     provenance: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> dict[str, Any]:
     """What is kept beside the weights, as JSON types; arguments as of `save_model`."""
     return {
+        "task": task_of(config).name,
         "config": dataclasses.asdict(config),
         "provenance": dict(provenance or {}),
         "class_names": None if class_names is None else list(class_names),
@@ -66,7 +68,7 @@ def describe_model(
 def save_model(
     path: str | os.PathLike[str],
     variables: Variables,
-    config: VMambaConfig,
+    config: NetworkConfig,
     provenance: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
@@ -206,12 +208,21 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _described(about: Mapping[str, Any]) -> SavedModel:
-    steps = about.get("preprocessing")
+    fields = dict(about["config"])
+    if "backbone" in fields:
+        fields["backbone"] = VMambaConfig(**fields["backbone"])
+    # Models saved by earlier versions are classifiers.
+    config = task_named(about.get("task", CLASSIFICATION.name)).config(**fields)
+    names, steps = about.get("class_names"), about.get("preprocessing")
+    if names is not None and (
+        len(names) != config.num_classes or not all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"it has {config.num_classes} classes and not as many names")
     return SavedModel(
         {},
-        VMambaConfig(**about["config"]),
+        config,
         about["provenance"],
-        about.get("class_names"),
+        names,
         None if steps is None else Preprocessing.from_json(steps),
     )
 

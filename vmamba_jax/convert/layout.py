@@ -9,6 +9,7 @@ import numpy as np
 
 from vmamba_jax.convert.locate import Located, locate
 from vmamba_jax.convert.opaque import Opaque
+from vmamba_jax.convert.tasks import recognise
 from vmamba_jax.errors import CheckpointError
 
 WeightChoice = Literal["auto", "model", "ema"]
@@ -37,8 +38,11 @@ class FoundWeights:
         entry: the key they were under, inner ones after ``/``; empty for a bare state dict.
         prefix: what their names begin with there, such as ``"module.backbone."``.
         averaged: whether they are a moving average of the weights trained.
-        tensors: arrays under the names they have there, less prefix and wrappers.
+        tensors: a VMamba's arrays under the names they have there, less prefix and wrappers.
+        heads: the other arrays of the network whose backbone it is, under names less what comes
+            before ``backbone.``; empty for a bare VMamba.
         left_out: what else the checkpoint holds -> why it is left out.
+        class_names: names of the classes, where mmengine's record of the data set has them.
         config_fields: fields of `VMambaConfig` that leave no trace in the weights and that the
             training configuration inside the checkpoint states.
     """
@@ -48,7 +52,9 @@ class FoundWeights:
     prefix: str
     averaged: bool
     tensors: dict[str, np.ndarray]
+    heads: dict[str, np.ndarray]
     left_out: dict[str, str]
+    class_names: list[str] | None
     config_fields: dict[str, Any]
 
 
@@ -89,6 +95,12 @@ def find_weights(
     averaged = {id(one): _is_averaged(one, checkpoint) for one in located}
     chosen = _choose(located, averaged, weights, entry, prefix)
     left_out = dict.fromkeys(chosen.beside, f"no part of a VMamba under {chosen.prefix!r}")
+    parts = recognise(chosen.heads).parts
+    heads = {}
+    for inner, (name, value) in chosen.heads.items():
+        if inner.partition(".")[0] in parts:
+            heads[inner] = value
+            del left_out[name]
     others = {one.path[0] for one in located if one.path and one.path != chosen.path}
     for key, value in checkpoint.items():
         if chosen.path and key != chosen.path[0]:
@@ -99,7 +111,9 @@ def find_weights(
         prefix=chosen.prefix,
         averaged=bool(averaged[id(chosen)]),
         tensors=_only_arrays(chosen.tensors),
+        heads=_only_arrays(heads),
         left_out=left_out,
+        class_names=_class_names(checkpoint),
         config_fields=_config_fields(checkpoint),
     )
 
@@ -198,16 +212,26 @@ def _why_left_out(value: object, is_a_vmamba: bool) -> str:
     return "training state"
 
 
-def _config_fields(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
-    def below(node: object, key: str) -> Any:
-        items = node.items if isinstance(node, Opaque) else node
-        return items.get(key) if isinstance(items, dict) else None
+def _class_names(checkpoint: Mapping[Any, Any]) -> list[str] | None:
+    about = checkpoint.get("meta")
+    names = _below(_below(about, "dataset_meta"), "classes") or _below(about, "CLASSES")
+    if not isinstance(names, list | tuple) or len(names) > 1 << 15:
+        return None
+    whole = all(isinstance(name, str) and 0 < len(name) < 200 for name in names)
+    return [" ".join(name.split()) for name in names] if whole else None
 
-    model = below(checkpoint.get("config"), "MODEL")
+
+def _below(node: object, key: str) -> Any:
+    items = node.items if isinstance(node, Opaque) else node
+    return items.get(key) if isinstance(items, dict) else None
+
+
+def _config_fields(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
+    model = _below(checkpoint.get("config"), "MODEL")
     stated = {
-        "forward_type": below(below(model, "VSSM"), "SSM_FORWARDTYPE"),
-        "ssm_act_layer": below(below(model, "VSSM"), "SSM_ACT_LAYER"),
-        "mlp_act_layer": below(below(model, "VSSM"), "MLP_ACT_LAYER"),
+        "forward_type": _below(_below(model, "VSSM"), "SSM_FORWARDTYPE"),
+        "ssm_act_layer": _below(_below(model, "VSSM"), "SSM_ACT_LAYER"),
+        "mlp_act_layer": _below(_below(model, "VSSM"), "MLP_ACT_LAYER"),
     }
     return {
         field: value

@@ -22,8 +22,8 @@ _BLOCK = re.compile(
 _STEM = re.compile(r"(?:^|\.)((patch_embed|embeddings)\.)")
 # First components of a VMamba's names; what else lies under its prefix is another network's.
 _PARTS = {
-    "patch_embed": {"patch_embed", "pos_embed", "layers", "norm", "head", "classifier"},
-    "embeddings": {"embeddings", "encoder", "layernorm", "classifier"},
+    "patch_embed": re.compile(r"(patch_embed|pos_embed|layers|norm|head|classifier|outnorm\d+)\."),
+    "embeddings": re.compile(r"(embeddings|encoder|layernorm|classifier)\."),
 }
 _BESIDE = ("total_ops", "total_params")  # buffers that FLOP counters leave in every module
 _DEPTH = 4  # of entries in entries
@@ -37,13 +37,28 @@ class Located(NamedTuple):
         path: keys of the entry it is in; empty for the checkpoint itself.
         prefix: what its names begin with, as in the file, such as ``"module.backbone."``.
         tensors: its tensors under their names less prefix and wrappers.
-        beside: names of what else is in that entry.
+        beside: what else is in that entry, by its name.
     """
 
     path: tuple[Any, ...]
     prefix: str
     tensors: dict[str, Any]
-    beside: list[str]
+    beside: dict[str, Any]
+
+    @property
+    def heads(self) -> dict[str, tuple[str, Any]]:
+        """What lies beside a backbone: name less prefix and wrappers -> name as in the file, value.
+
+        A VMamba is a backbone if it is called so: its prefix ends in ``backbone.``.
+        """
+        outer = re.sub(rf"backbone\.(?:{_WRAPPER})*$", "", self.prefix)
+        if outer == self.prefix:
+            return {}
+        return {
+            _ANY_WRAPPER.sub("", name[len(outer) :]): (name, value)
+            for name, value in self.beside.items()
+            if name.startswith(outer)
+        }
 
     @property
     def entry(self) -> str:
@@ -105,7 +120,7 @@ def _take(path: tuple[Any, ...], entry: Mapping[Any, Any], prefix: str, stem: st
     # The Hugging Face port keeps its head beside the encoder, under the name of neither.
     head = f"{prefix.removesuffix('vmamba.')}classifier." if stem == "embeddings" else prefix
     tensors: dict[str, Any] = {}
-    beside: list[str] = []
+    beside: dict[str, Any] = {}
     for name, value in entry.items():
         inner = None
         if _is_name(name) and name.startswith(prefix):
@@ -114,10 +129,10 @@ def _take(path: tuple[Any, ...], entry: Mapping[Any, Any], prefix: str, stem: st
             inner = "classifier." + name[len(head) :]
         if (
             inner is None
-            or inner.partition(".")[0] not in _PARTS[stem]
+            or not _PARTS[stem].match(f"{inner}.")
             or inner.rpartition(".")[2] in _BESIDE
         ):
-            beside.append(str(name)[:_LONGEST])
+            beside[str(name)[:_LONGEST]] = value
         elif inner in tensors:
             raise CheckpointError(f"two of its tensors stand for {inner}; one is {name}")
         else:

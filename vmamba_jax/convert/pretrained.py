@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import http.client
+import logging
 import os
 import re
 import shutil
@@ -10,9 +11,10 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock
 from rich.console import Console
@@ -27,18 +29,34 @@ from rich.progress import (
 )
 
 from vmamba_jax.config import VMambaConfig
+from vmamba_jax.convert.adapt import replace_input_channels
 from vmamba_jax.convert.artifact import save_model
+from vmamba_jax.convert.backbone import backbone_from_torch
 from vmamba_jax.convert.identity import describe_difference, differing_fields
 from vmamba_jax.convert.mapping import from_torch
 from vmamba_jax.convert.releases import RELEASES, pinned_sha256
-from vmamba_jax.convert.source import Weights, adapt_weights, read_weights, sha256
+from vmamba_jax.convert.source import (
+    Weights,
+    adapt_weights,
+    read_backbone,
+    read_weights,
+    sha256,
+    vmamba_of,
+)
+from vmamba_jax.convert.tasks import task_of
+from vmamba_jax.detection.config import MaskRCNNConfig
 from vmamba_jax.errors import CheckpointError
+from vmamba_jax.segmentation.config import UPerNetConfig
 from vmamba_jax.typing import Variables
 
 _ATTEMPTS = 5
 _TIMEOUT = 30.0  # seconds without a byte
 _PAUSE = 1.0  # seconds before the second attempt, doubled each time
 _CHUNK = 1 << 20
+
+_logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 def load_pretrained(
@@ -62,10 +80,104 @@ def load_pretrained(
     return fit_weights(open_pretrained(source, name), source, config, name, seed).variables()
 
 
+def load_backbone(
+    source: Literal[True] | str | os.PathLike[str],
+    config: VMambaConfig,
+    name: str,
+    out_indices: Sequence[int],
+) -> Variables:
+    """Trained weights for a backbone, from a classifier's, segmenter's or detector's checkpoint.
+
+    Norms of the maps that the checkpoint has not start anew; a log message names them.
+
+    Args:
+        source: see `open_pretrained`.
+        config: the architecture to fill. A first convolution for RGB images is fitted to other
+            channels.
+        name: the model's name.
+        out_indices: the stages whose maps are asked for.
+
+    Returns:
+        float32 NumPy variables for ``VSSMBackbone(config, out_indices).apply``.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged or of another architecture.
+        OSError: it can't be read, or fetched and kept.
+    """
+    config = config.replace(posembed=False)
+    weights = read_backbone(_locate(source, name), out_indices)
+    label = name if source is True else source
+    new = sorted({c.target.partition(".")[0] for c in weights.changes if c.action == "initialised"})
+    if new:
+        _logger.warning("%s: it has no %s; they start anew", label, ", ".join(new))
+    return _fill(
+        label,
+        weights,
+        config,
+        name,
+        lambda: backbone_from_torch(
+            replace_input_channels(weights.state_dict, config.in_chans)[0], config, out_indices
+        ),
+    )
+
+
+def load_network(
+    source: Literal[True] | str | os.PathLike[str],
+    config: UPerNetConfig | MaskRCNNConfig,
+    name: str,
+    fresh: Callable[[], Variables],
+    seed: int = 0,
+) -> Variables:
+    """Trained weights for a segmenter or detector, or for its backbone alone.
+
+    The backbone alone is filled if the source is of another task; a log message says so.
+
+    Args:
+        source: see `open_pretrained`.
+        config: the architecture to fill. Last layers of another number of classes than the
+            source's start anew.
+        name: of the backbone's model.
+        fresh: makes initial variables of the network.
+        seed: of new last layers' weights.
+
+    Returns:
+        Variables for the network's ``apply``.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged or of another architecture.
+        OSError: it can't be read, or fetched and kept.
+    """
+    task, label = task_of(config), name if source is True else source
+    weights = open_pretrained(source, name)
+    held = weights.config
+    if isinstance(held, VMambaConfig) or task_of(held) is not task:
+        _logger.warning("%s: it has no heads of %s; they start anew", label, task.holds)
+        backbone = load_backbone(source, config.backbone, name, range(len(config.depths)))
+        variables = fresh()
+        for collection, tree in backbone.items():
+            variables[collection]["backbone"] = tree
+        return variables
+    try:
+        fitted = adapt_weights(
+            weights, config.num_classes, in_chans=config.backbone.in_chans, seed=seed
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{label}: {error}") from error
+    new = [change.target for change in fitted.changes if change.action == "initialised"]
+    if new:
+        _logger.warning("%s: other classes; %s start anew", label, ", ".join(new))
+    held = fitted.config
+    apart = {field: getattr(held, field) for field in ("backbone", *task.untraced)}
+    if not differing_fields(held.backbone, config.backbone) and held != config.replace(**apart):
+        raise CheckpointError(f"{label}: its heads are not those asked for: {held}")
+    read = dataclasses.replace(weights, config=weights.config.backbone)
+    return _fill(label, read, config.backbone, name, lambda: from_torch(fitted.state_dict, config))
+
+
 def open_pretrained(
     source: Literal[True] | str | os.PathLike[str], name: str | None = None, step: str | None = None
-) -> Weights:
-    """Trained weights as their file has them.
+) -> Weights[Any]:
+    """Trained weights as their file has them: a classifier's, a segmenter's or a detector's.
 
     Args:
         source: True for the released checkpoint of `name`, or the name of a released model; or the
@@ -79,6 +191,11 @@ def open_pretrained(
         CheckpointError: there is no such checkpoint, or it is damaged.
         OSError: it can't be read, or fetched and kept.
     """
+    return read_weights(_locate(source, name), step=step)
+
+
+def _locate(source: Literal[True] | str | os.PathLike[str], name: str | None) -> Path:
+    """Where the file or folder behind a source lies here, fetched if need be."""
     if isinstance(source, bool):
         if name not in RELEASES:
             raise CheckpointError(
@@ -90,16 +207,16 @@ def open_pretrained(
     if source in RELEASES and not Path(source).exists():
         source = RELEASES[source].url
     is_url = source.startswith(("http://", "https://"))
-    return read_weights(cached_model(source) if is_url else Path(source), step=step)
+    return cached_model(source) if is_url else Path(source)
 
 
 def fit_weights(
-    weights: Weights, source: object, config: VMambaConfig, name: str, seed: int = 0
-) -> Weights:
+    weights: Weights[Any], source: object, config: VMambaConfig, name: str, seed: int = 0
+) -> Weights[VMambaConfig]:
     """Fits weights to an architecture that was asked for.
 
     Args:
-        weights: from `open_pretrained`.
+        weights: from `open_pretrained`; of a segmenter or detector its backbone is taken.
         source: what they were opened from, for messages.
         config: the architecture to fill. A head of another number of classes than the weights'
             starts anew, a position embedding of another image size is resized, and a first
@@ -110,18 +227,35 @@ def fit_weights(
     Raises:
         CheckpointError: they are of another architecture.
     """
-    source = name if source is True else source
-    try:
+    weights = vmamba_of(weights)
+    label = name if source is True else source
+
+    def fit() -> Weights[VMambaConfig]:
         fitted = adapt_weights(
             weights, config.num_classes, config.input_size, config.in_chans, seed
         )
         from_torch(fitted.state_dict, config)
+        return dataclasses.replace(fitted, config=config)
+
+    return _fill(label, weights, config, name, fit)
+
+
+def _fill(
+    label: object,
+    weights: Weights[VMambaConfig],
+    config: VMambaConfig,
+    name: str,
+    convert: Callable[[], Result],
+) -> Result:
+    """What `convert` makes of weights, or an error that says what they are instead of `name`."""
+    try:
+        converted = convert()
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        raise CheckpointError(f"{label}: {error}") from error
     except ValueError as error:
         what = describe_difference(weights.config, name, config)
         raise CheckpointError(
-            f"{source} is {what}: another architecture than {name}. {error}"
+            f"{label} is {what}: another architecture than {name}. {error}"
         ) from error
     # What the weights leave open and the source states is not replaced silently. A model of this
     # package states all of it.
@@ -131,8 +265,8 @@ def fit_weights(
     )
     if differing_fields(held, config):
         what = describe_difference(held, name, config)
-        raise CheckpointError(f"{source} is {what}: ask for the fields that it states")
-    return dataclasses.replace(fitted, config=config)
+        raise CheckpointError(f"{label} is {what}: ask for the fields that it states")
+    return converted
 
 
 def cache_dir() -> Path:

@@ -1,9 +1,15 @@
 """Images to batches: sources, augmentation on the host, mixing on the device, the pipeline."""
 
 from vmamba_jax.data.augment import DigitsTransform, EvalTransform, TrainTransform
+from vmamba_jax.data.label_map_folder import LabelMapFolder
 from vmamba_jax.data.mixup import mix
 from vmamba_jax.data.pipeline import BatchIterator, batches_per_epoch, eval_batches, train_iterator
 from vmamba_jax.data.randaugment import RandAugment
+from vmamba_jax.data.segmentation import (
+    PhotometricDistortion,
+    SegmentationEvalTransform,
+    SegmentationTrainTransform,
+)
 from vmamba_jax.data.sources import DataError, ImageSource, check_same_classes, open_source
 
 __all__ = [
@@ -12,7 +18,11 @@ __all__ = [
     "DigitsTransform",
     "EvalTransform",
     "ImageSource",
+    "LabelMapFolder",
+    "PhotometricDistortion",
     "RandAugment",
+    "SegmentationEvalTransform",
+    "SegmentationTrainTransform",
     "TrainTransform",
     "batches_per_epoch",
     "check_same_classes",

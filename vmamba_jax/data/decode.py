@@ -1,7 +1,8 @@
 """What a source yields, and the one place where bytes from strangers become pixels."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypedDict, runtime_checkable
 
@@ -39,6 +40,38 @@ class ImageSource(Protocol):
     def __getitem__(self, index: int, /) -> Sample: ...
 
 
+class LabelMapSample(TypedDict):
+    """One example of segmentation: an RGB image, and as large an "L" image of class indices."""
+
+    image: Image.Image
+    label: Image.Image
+
+
+@runtime_checkable
+class LabelMapSource(Protocol):
+    """A random-access collection of images with a class for each pixel; else as `ImageSource`.
+
+    A pixel of class 255 (:data:`IGNORED`) belongs to none and is never counted.
+    """
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Class names, in the order of the labels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> LabelMapSample: ...
+
+    def blank(self, index: int) -> LabelMapSample:
+        """What stands for a damaged record: as large an image without a single label."""
+        ...
+
+
+IGNORED = 255
+"""The label of a pixel that belongs to no class."""
+
+
 def decode_image(data: bytes | Path, path: str, channels: int = 3) -> Picture:
     """Decodes one image completely.
 
@@ -60,7 +93,7 @@ def decode_image(data: bytes | Path, path: str, channels: int = 3) -> Picture:
         to be so large that decoding it would exhaust memory.
       DataError: it takes a package that is not installed.
     """
-    try:
+    with _damage(path):
         try:
             return _by_pillow(data, channels)
         except _NotForPillowError as error:
@@ -70,11 +103,73 @@ def decode_image(data: bytes | Path, path: str, channels: int = 3) -> Picture:
             if is_tiff(head):
                 return _bands(read_tiff(data), channels)
             raise error.__cause__ or ValueError(str(error)) from None
+
+
+def decode_rgb(data: bytes | Path, path: str) -> Image.Image:
+    """Decodes one photograph: `decode_image` for what takes colours of 8 bits alone.
+
+    Raises:
+      DamagedRecordError: it can't be read, or is no such image.
+      DataError: it takes a package that is not installed.
+    """
+    image = decode_image(data, path)
+    if not isinstance(image, Image.Image):
+        raise DamagedRecordError(path, "its channels are not of 8 bits")
+    return image
+
+
+def decode_label_map(data: bytes | Path, path: str) -> Image.Image:
+    """Decodes a label map: a class index for each pixel, in one channel or as a palette's index.
+
+    Args:
+      data: the encoded file: its bytes, or where to read them.
+      path: what to call the record if it is damaged.
+
+    Returns:
+      An "L" image of the indices as the file has them.
+
+    Raises:
+      DamagedRecordError: the file can't be read, as in `decode_image`.
+      DataError: it is a picture in colours, or has more than 8 bits a pixel.
+    """
+    with _opened(data, path) as image:
+        if image.mode not in ("L", "P", "1"):
+            kind = "a picture in colours" if len(image.getbands()) > 1 else "of more than 8 bits"
+            raise DataError(
+                f"{path}: this label map is {kind} ({image.mode}), but must hold one class index "
+                "a pixel: save it with one channel of 8 bits (or with a palette)"
+            )
+        return Image.fromarray(np.asarray(image).astype(np.uint8))
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, in pixels, from the beginning of its file.
+
+    Raises:
+      DamagedRecordError: the file can't be read.
+    """
+    with _opened(path, str(path)) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _damage(path: str) -> Iterator[None]:
+    """All that goes wrong with a file, but a DataError, is damage."""
+    try:
+        yield
     except DataError:
         raise
     # A hostile file can make a decoder raise anything at all.
     except Exception as error:
         raise DamagedRecordError(path, f"{type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _opened(data: bytes | Path, path: str) -> Iterator[Image.Image]:
+    """An image of a format that Pillow knows."""
+    stream = io.BytesIO(data) if isinstance(data, bytes) else data
+    with _damage(path), Image.open(stream, formats=_FORMATS) as image:
+        yield image
 
 
 class _NotForPillowError(ValueError):

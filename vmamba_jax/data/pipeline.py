@@ -16,27 +16,33 @@ processes stay full and in step.
 """
 
 import logging
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
+from PIL import Image
 
 from vmamba_jax.data.augment import Transform
-from vmamba_jax.data.decode import ImageSource
+from vmamba_jax.data.decode import ImageSource, LabelMapSample, LabelMapSource, Sample
 from vmamba_jax.data.errors import DamagedRecordError, DataError
+from vmamba_jax.data.segmentation import LabelMapTransform
 
 Batch = dict[str, np.ndarray]
-"""``image`` float32 ``(B, H, W, C)``, ``label`` int32 ``(B,)``; in evaluation bool ``mask``."""
+"""``image`` float32 ``(B, H, W, C)``, ``label`` int32 ``(B,)``; in evaluation bool ``mask``.
+
+Of a source of label maps, ``label`` is uint8 ``(B, H, W)``.
+"""
 
 _logger = logging.getLogger(__name__)
 _HOPELESS = 100  # unreadable records in a row after which the disk is to blame, not the records
 
 
-def batches_per_epoch(source: ImageSource, batch_size: int, process_count: int = 1) -> int:
+def batches_per_epoch(
+    source: ImageSource | LabelMapSource, batch_size: int, process_count: int = 1
+) -> int:
     """Training batches in one epoch, for ``batch_size`` samples per process.
 
     Raises:
@@ -52,8 +58,8 @@ def batches_per_epoch(source: ImageSource, batch_size: int, process_count: int =
 
 
 def train_iterator(
-    source: ImageSource,
-    transform: Transform,
+    source: ImageSource | LabelMapSource,
+    transform: Transform | LabelMapTransform,
     *,
     batch_size: int,
     seed: int,
@@ -99,10 +105,11 @@ def train_iterator(
 
 
 def eval_batches(
-    source: ImageSource,
-    transform: Transform,
+    source: ImageSource | LabelMapSource,
+    transform: Transform | LabelMapTransform,
     *,
     batch_size: int,
+    groups: Iterable[Sequence[int]] | None = None,
     process_index: int = 0,
     process_count: int = 1,
     worker_count: int = 0,
@@ -117,6 +124,8 @@ def eval_batches(
       source: the images.
       transform: preprocessing of one image.
       batch_size: samples per batch of this process.
+      groups: indices of the samples that may share a batch; None: all may. Every group fills
+        batches of its own, as images of different sizes must.
       process_index: this process among those that share the data.
       process_count: how many processes share the data.
       worker_count: extra processes that decode, as in :func:`train_iterator`.
@@ -125,10 +134,12 @@ def eval_batches(
     Returns:
       An iterator over :data:`Batch` with a ``mask``. Close it when done.
     """
-    total = math.ceil(len(source) / (batch_size * process_count)) * process_count
+    order = _padded_order(
+        [range(len(source))] if groups is None else groups, batch_size * process_count
+    )
     dataset = (
-        grain.MapDataset.range(total * batch_size)
-        .random_map(_Load(source, transform, damaged_is_fatal, evaluate=True), seed=0)
+        grain.MapDataset.source(order)
+        .random_map(_LoadOnce(source, transform, damaged_is_fatal), seed=0)
         .batch(batch_size, batch_fn=_collate)
         .slice(slice(process_index, None, process_count))
     )
@@ -220,38 +231,67 @@ class _Load:
     """Reads and transforms the record at an index, or its next readable neighbour."""
 
     def __init__(
-        self, source: ImageSource, transform: Transform, fatal: bool, *, evaluate: bool = False
+        self,
+        source: ImageSource | LabelMapSource,
+        transform: Transform | LabelMapTransform,
+        fatal: bool,
     ):
         self._source = source
-        self._transform = transform
+        self._transform: Any = transform
         self._fatal = fatal
-        self._evaluate = evaluate
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        sample, damaged = self._read(index)
+        image, label = sample["image"], sample["label"]
+        if isinstance(label, Image.Image):  # it is cut and turned with its image
+            pixels, labels = self._transform(image, label, rng)
+        else:
+            pixels, labels = self._transform(image, rng), np.int32(label)
+        return {"image": pixels, "label": labels, "damaged": damaged}
+
+    def _read(self, index: int) -> tuple[Sample | LabelMapSample, list[tuple[str, str]]]:
+        """The sample, and path and reason of each damaged record on the way to it."""
         size = len(self._source)
         damaged = []
         for attempt in range(min(size, _HOPELESS)):
             try:
-                sample = self._source[(index + attempt) % size]
-                break
+                return self._source[(index + attempt) % size], damaged
             except DamagedRecordError as error:
                 if self._fatal:
                     raise
                 damaged.append((error.path, error.reason))
-        else:
-            path, reason = damaged[-1]
-            raise DataError(
-                f"{len(damaged)} records in a row can't be read; the last is {path}: {reason}. "
-                "Check that the data is where it was and readable."
-            )
-        element = {
-            "image": self._transform(sample["image"], rng),
-            "label": np.int32(sample["label"]),
-            "damaged": damaged,
-        }
-        if self._evaluate:
-            element["mask"] = np.bool_(index < size and not damaged)
-        return element
+        path, reason = damaged[-1]
+        raise DataError(
+            f"{len(damaged)} records in a row can't be read; the last is {path}: {reason}. "
+            "Check that the data is where it was and readable."
+        )
+
+
+class _LoadOnce(_Load):
+    """Reads and transforms a record for evaluation; padding and what stands in are masked."""
+
+    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        padding = index < 0
+        element = super().__call__(~index if padding else index, rng)
+        return {**element, "mask": np.bool_(not padding and not element["damaged"])}
+
+    def _read(self, index: int) -> tuple[Sample | LabelMapSample, list[tuple[str, str]]]:
+        if not isinstance(self._source, LabelMapSource):
+            return super()._read(index)
+        try:
+            return self._source[index], []
+        except DamagedRecordError as error:
+            if self._fatal:
+                raise
+            return self._source.blank(index), [(error.path, error.reason)]
+
+
+def _padded_order(groups: Iterable[Sequence[int]], multiple: int) -> list[int]:
+    """The groups' indices one after another, each group filled up with its first one inverted."""
+    order: list[int] = []
+    for group in groups:
+        order += [*group, *[~group[0]] * (-len(group) % multiple)]
+    return order
 
 
 def _collate(elements: Sequence[dict[str, Any]]) -> dict[str, Any]:

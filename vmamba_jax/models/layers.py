@@ -6,7 +6,7 @@ does.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -222,17 +222,20 @@ class Dropout(nn.Module):
 
     Attributes:
         rate: share of the values that become zero; the others grow to keep the mean.
+        broadcast_dims: axes along which values are dropped together; (1, 2) drops whole channels.
     """
 
     rate: float
+    broadcast_dims: Sequence[int] = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "B ..."], train: bool = False) -> Float[Array, "B ..."]:
         """Drops values in training (rng ``"dropout"``); the shape stays."""
         if not train or self.rate == 0:
             return x
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
-        return jnp.where(split_like(kept, x), x / (1 - self.rate), jnp.zeros_like(x))
+        shape = [1 if axis in self.broadcast_dims else n for axis, n in enumerate(x.shape)]
+        kept = split_like(jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape), x)
+        return jnp.where(jnp.broadcast_to(kept, x.shape), x / (1 - self.rate), jnp.zeros_like(x))
 
 
 class PatchEmbed(nn.Module):

@@ -1,6 +1,5 @@
 """The linear layer, and its bias alone."""
 
-
 from vmamba_jax.ops._wide import wide
 from vmamba_jax.ops.residuals import keep
 from vmamba_jax.typing import Array, Float

@@ -6,38 +6,45 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 import tyro
 from rich.console import Console
 
 from vmamba_jax._closest import closest
+from vmamba_jax.training.classification import evaluate_classifier
 from vmamba_jax.training.config import PRESETS, EvalConfig, RunConfig, from_json
-from vmamba_jax.training.evaluate import evaluate_run
 from vmamba_jax.training.loop import train
 from vmamba_jax.training.report import NotFiniteError
+from vmamba_jax.training.segmentation import evaluate_segmenter
+from vmamba_jax.training.segmentation_config import (
+    SEGMENTATION_PRESETS,
+    AnyRun,
+    SegmentationConfig,
+    SegmentationEvalConfig,
+)
 from vmamba_jax.training.sharding import MeshConfig, join_processes
-from vmamba_jax.training.start import RunError
+from vmamba_jax.training.start import RunError, kind_of_run
 from vmamba_jax.training.throughput import ThroughputConfig, measure_throughput
 from vmamba_jax.training.topology import CompileConfig, TopologyError, compile_for_topology
 
-Config = TypeVar("Config", bound=RunConfig)
-
-_COMMANDS: dict[str, type[RunConfig]] = {
-    "train": RunConfig,
-    "eval": EvalConfig,
-    "throughput": ThroughputConfig,
-    "compile": CompileConfig,
+_PRESETS: dict[str, AnyRun] = {**PRESETS, **SEGMENTATION_PRESETS}
+_COMMANDS: dict[str, tuple[type[AnyRun], ...]] = {
+    "train": (RunConfig, SegmentationConfig),
+    "eval": (EvalConfig, SegmentationEvalConfig),
+    "throughput": (ThroughputConfig,),
+    "compile": (CompileConfig,),
 }
+"""What each command takes: a classifier's configuration and, where it can, a segmenter's."""
 _DESCRIPTION = f"""Train a VMamba.
 
 python train.py [COMMAND] [PRESET] [OPTIONS]
 
-Commands: train (the default); eval, the held-out accuracy of a run, with the run's own settings,
-or of pretrained weights; throughput, in images per second; compile, which tells whether a run fits
-a TPU.
-Presets: {", ".join(PRESETS)}. Without arguments: train digits, in a few minutes.
+Commands: train (the default); eval, the held-out accuracy or mean IoU of a run, with the run's own
+settings, or of pretrained weights; throughput, in images per second; compile, which tells whether a
+run fits a TPU.
+Presets: {", ".join(PRESETS)} classify; {", ".join(SEGMENTATION_PRESETS)} segment.
+Without arguments: train digits, in a few minutes.
 The same command again goes on where a run stopped.
 """
 
@@ -55,11 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments[:1] and arguments[0] in _COMMANDS else "train"
     console = Console(highlight=False)
     try:
-        config = _parse(_COMMANDS[command], command, arguments)
+        config = _parse(command, arguments)
         join_processes(config.mesh)
         match config:
             case EvalConfig():
-                result = evaluate_run(config, console)
+                result = evaluate_classifier(config, console)
+            case SegmentationEvalConfig():
+                result = evaluate_segmenter(config, console)
             case ThroughputConfig():
                 measure_throughput(config, console)
                 return 0
@@ -72,22 +81,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if result is not None and jax.process_index() == 0:
-        print(f"held-out accuracy {100 * result.accuracy:.2f}%")
+        print(result.headline())
     return 0
 
 
-def _parse(kind: type[Config], command: str, arguments: list[str]) -> Config:
-    """Reads ``[PRESET] [OPTIONS]``; the preset gives the options' defaults."""
+def _parse(command: str, arguments: list[str]) -> AnyRun:
+    """Reads ``[PRESET] [OPTIONS]``; the preset gives the task and the options' defaults."""
     preset, options = "digits", arguments
     if arguments and not arguments[0].startswith("-"):
         preset, *options = arguments
-    if preset not in PRESETS:
+    if preset not in _PRESETS:
         raise ValueError(
-            f"unknown command or preset {preset!r}." + closest(preset, (*_COMMANDS, *PRESETS))
+            f"unknown command or preset {preset!r}." + closest(preset, (*_COMMANDS, *_PRESETS))
         )
-    recipe = PRESETS[preset]
-    if issubclass(kind, EvalConfig):
+    recipe = _PRESETS[preset]
+    if command == "eval":
         recipe = _settings_of_run(recipe, options)
+    kind = next((kind for kind in _COMMANDS[command] if issubclass(kind, type(recipe))), None)
+    if kind is None:
+        raise ValueError(f"{command} is for classifiers, and preset {preset!r} segments")
     default = kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)})
     return tyro.cli(
         kind,
@@ -98,13 +110,14 @@ def _parse(kind: type[Config], command: str, arguments: list[str]) -> Config:
     )
 
 
-def _settings_of_run(recipe: RunConfig, options: list[str]) -> RunConfig:
+def _settings_of_run(recipe: AnyRun, options: list[str]) -> AnyRun:
     """The settings that a run was trained with, if it is there; else the preset's."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--run", type=Path, default=recipe.run)
     run = parser.parse_known_args(options)[0].run
     try:
-        recipe = from_json(RunConfig, json.loads((run / "config.json").read_text()))
+        saved = json.loads((run / "config.json").read_text())
+        recipe = from_json(kind_of_run(saved), saved)
     except FileNotFoundError:
         pass
     except ValueError as error:

@@ -82,43 +82,52 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """One training run.
+class Run:
+    """What every training run has, whatever it learns.
 
     Attributes:
         run: folder of the run: checkpoints, metrics, pictures. A run found there is resumed.
-        epochs: passes over the training images.
         seed: decides initial weights, order and augmentation.
         init_from: start from these weights: a PyTorch or safetensors file, a converted model's
             folder or address, another run's folder or one of its checkpoints, the name of a
             released model, or ``released`` for what was released of the model. A head for other
             classes starts anew.
         save_every: updates between checkpoints; 0 saves once an epoch.
-        eval_every: epochs between evaluations.
         keep: how many of the latest checkpoints are kept, beside the best one.
         log_every: updates between lines of the metrics file.
         max_skipped: stop after this many updates in a row without a finite loss and gradient.
         profile: trace a few updates for the profiler, into the run folder.
-        model: the model.
-        data: the images.
-        optimizer: the optimizer.
         mesh: how devices share the work.
     """
 
     run: Path = Path("runs/digits")
-    epochs: float = 15.0
     seed: int = 0
     init_from: str | None = None
     save_every: int = 0
-    eval_every: int = 1
     keep: int = 3
     log_every: int = 10
     max_skipped: int = 20
     profile: bool = False
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Run):
+    """One training run of a classifier.
+
+    Attributes:
+        epochs: passes over the training images.
+        eval_every: epochs between evaluations.
+        model: the model.
+        data: the images.
+        optimizer: the optimizer.
+    """
+
+    epochs: float = 15.0
+    eval_every: int = 1
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     @property
     def model_name(self) -> str:

@@ -1,31 +1,38 @@
 """Held-out loss and accuracy, every image counted exactly once."""
 
-import dataclasses
 from collections.abc import Iterable
-from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
+from rich.console import RenderableType
 
-from vmamba_jax.data import open_source
-from vmamba_jax.errors import CheckpointError
-from vmamba_jax.run_folder import complete_steps
-from vmamba_jax.training.config import EvalConfig
-from vmamba_jax.training.setup import as_in_run, held_out_batches
-from vmamba_jax.training.sharding import check_batch_size, make_mesh, put_batch, replicated
-from vmamba_jax.training.start import (
-    architecture_of,
-    check_same_labels,
-    fitted,
-    initial_weights,
-    say_which,
-)
-from vmamba_jax.training.step import EvalStep, make_eval_step
+from vmamba_jax.training.sharding import put_batch
+from vmamba_jax.training.step import EvalStep
 
 _SUMS = ("count", "loss", "top1", "top5")
+
+
+@runtime_checkable
+class Result(Protocol):
+    """What an evaluation found, whatever the task."""
+
+    def metrics(self) -> dict[str, float]:
+        """What is kept of it beside the weights."""
+        ...
+
+    def summary(self) -> str:
+        """A few words for the line of an evaluation while a run goes."""
+        ...
+
+    def headline(self) -> str:
+        """The one number."""
+        ...
+
+    def details(self) -> RenderableType:
+        """All of it, for the console."""
+        ...
 
 
 class Evaluation(NamedTuple):
@@ -50,6 +57,21 @@ class Evaluation(NamedTuple):
             "accuracy_top5": self.accuracy_top5,
             "val_loss": self.loss,
         }
+
+    def summary(self) -> str:
+        """Loss and accuracy."""
+        return f"held-out loss {self.loss:.4f}, accuracy {100 * self.accuracy:.2f}%"
+
+    def headline(self) -> str:
+        """The accuracy."""
+        return f"held-out accuracy {100 * self.accuracy:.2f}%"
+
+    def details(self) -> str:
+        """Loss and both accuracies in one line."""
+        return (
+            f"{self.images} images: loss {self.loss:.4f}, top-1 {100 * self.accuracy:.2f}%, "
+            f"top-5 {100 * self.accuracy_top5:.2f}%"
+        )
 
 
 def evaluate(
@@ -84,58 +106,3 @@ def evaluate(
         loss=sums["loss"] / count,
         images=int(count),
     )
-
-
-def evaluate_run(config: EvalConfig, console: Console | None = None) -> Evaluation:
-    """Evaluates weights: those that `config.init_from` names, else those of the run.
-
-    Args:
-        config: the run, and which of its checkpoints.
-        console: where progress is shown; standard output by default.
-
-    Raises:
-        DataError: if the images can't be used.
-        CheckpointError: if there are no such weights, they can't be read, or they are of other
-            classes than the images.
-    """
-    console = console or Console()
-    mesh = make_mesh(config.mesh)
-    check_batch_size(config.data.eval_batch_size, mesh)
-    source = open_source(
-        config.data.kind, config.data.root, config.data.val_split, config.data.channels
-    )
-    if config.init_from is None:
-        if not complete_steps(config.run / "checkpoints"):
-            raise CheckpointError(
-                f"{config.run} holds no checkpoint: train first, name another run with --run, or "
-                "weights with --init-from"
-            )
-        config = dataclasses.replace(config, init_from=str(config.run))
-        weights = initial_weights(config, config.step)
-    else:
-        weights = initial_weights(config)
-    assert weights is not None
-    what, where = str(config.init_from), f"{config.data.root} ({config.data.val_split})"
-    check_same_labels(weights, what, source.class_names, where)
-    architecture = weights.config if config.model.name is None else architecture_of(config)
-    weights = fitted(
-        config,
-        weights,
-        architecture.replace(
-            num_classes=weights.config.num_classes,
-            imgsize=config.data.image_size,
-            in_chans=config.data.channels,
-        ),
-    )
-    model = as_in_run(config.model, weights.config)
-    say_which(console, "weights:", config, weights)
-    with jax.set_mesh(mesh):
-        variables = jax.device_put(weights.variables(), replicated(mesh))
-        with closing(held_out_batches(config.data, source)) as batches:
-            result = evaluate(make_eval_step(model, mesh), variables, batches, mesh)
-    console.print(
-        f"{result.images} images: loss {result.loss:.4f}, top-1 {100 * result.accuracy:.2f}%, "
-        f"top-5 {100 * result.accuracy_top5:.2f}%",
-        soft_wrap=True,
-    )
-    return result

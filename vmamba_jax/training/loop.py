@@ -1,6 +1,5 @@
 """The training loop: from a configuration to a finished run, top to bottom."""
 
-import itertools
 import json
 import math
 from contextlib import closing
@@ -11,43 +10,22 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from vmamba_jax.checkpoint import Checkpoints
-from vmamba_jax.data import ImageSource, batches_per_epoch
-from vmamba_jax.run_folder import complete_steps
+from vmamba_jax.training.classification import classification_task
 from vmamba_jax.training.config import RunConfig, to_json
-from vmamba_jax.training.evaluate import Evaluation, evaluate
+from vmamba_jax.training.evaluate import Result
 from vmamba_jax.training.interrupt import StopRequest
-from vmamba_jax.training.metrics import read_rows
-from vmamba_jax.training.optimizer import make_schedule
-from vmamba_jax.training.picture import draw_run
 from vmamba_jax.training.report import Report
-from vmamba_jax.training.setup import (
-    Learner,
-    Sources,
-    build_learner,
-    held_out_batches,
-    open_sources,
-    preprocessing_of,
-    train_batches,
-)
+from vmamba_jax.training.segmentation import segmentation_task
+from vmamba_jax.training.segmentation_config import AnyRun, SegmentationConfig
 from vmamba_jax.training.sharding import check_batch_size, make_mesh, put_batch
-from vmamba_jax.training.start import (
-    about_model,
-    architecture_of,
-    check_same_run,
-    fitted,
-    initial_weights,
-    say_which,
-)
 from vmamba_jax.training.state import TrainState, abstract_state, create_state, with_weights
-from vmamba_jax.training.step import EvalStep, make_eval_step
+from vmamba_jax.training.task import Task, Training
 
 _PROFILED = (10, 15)
 """First and last update of a session that `profile` traces: after compilation and warm-up."""
-_DRAWN = 1024
-"""Held-out images that the picture is chosen from."""
 
 
-def train(config: RunConfig, console: Console | None = None) -> Evaluation | None:
+def train(config: AnyRun, console: Console | None = None) -> Result | None:
     """Trains a model, or goes on with a run that was interrupted.
 
     The state comes from the first of: the run's own latest checkpoint, `config.init_from`, the
@@ -73,49 +51,35 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh, config.optimizer.accumulation_steps)
     check_batch_size(config.data.eval_batch_size, mesh)
-    sources = open_sources(config.data)
-    steps_per_epoch = batches_per_epoch(sources.train, config.data.batch_size)
-    schedule = make_schedule(
-        config.optimizer, config.data.batch_size, steps_per_epoch, config.epochs
-    )
-    total = schedule.total_steps
-    fresh = not complete_steps(config.run / "checkpoints")
-    weights = initial_weights(config) if fresh else None
-    architecture = architecture_of(config, weights)
-    learner = build_learner(
-        config, architecture, num_classes=len(sources.train.class_names), mesh=mesh
-    )
-    eval_step = make_eval_step(learner.model, mesh)
+    task = open_task(config, mesh, console)
+    learner, training = task.learner, task.training
+    total = training.total
 
     def due(step: int) -> bool:
         """Whether an update ends with an evaluation."""
-        epoch, batch_of_epoch = divmod(step, steps_per_epoch)
-        return step == total or (not batch_of_epoch and epoch % config.eval_every == 0)
+        return step == total or step % training.eval_every == 0
 
     with (
         jax.set_mesh(mesh),
         Checkpoints(config.run / "checkpoints", keep=config.keep) as checkpoints,
-        closing(train_batches(config, sources.train)) as batches,
+        closing(training.batches) as batches,
     ):
         start = checkpoints.latest_step or 0
         if start:
-            check_same_run(config, checkpoints.config(), architecture, sources.train)
+            task.check_same_run(checkpoints.config())
             items = abstract_state(learner.init, mesh).items()
             state = TrainState.from_items(checkpoints.restore(items, data_iterator=batches))
         else:
             state = create_state(learner.init, mesh)
-            if weights is not None:
-                weights = fitted(config, weights, learner.model.config)
-                state = with_weights(state, weights.variables())
-                say_which(console, "starting from", config, weights)
-        _announce(console, config, learner, sources, start, total)
+            if task.starting_weights is not None:
+                state = with_weights(state, task.starting_weights(state.variables))
+        _announce(console, config, task, training, start)
         if primary:
             (config.run / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
 
-        def held_out(step: int, state: TrainState) -> Evaluation:
+        def held_out(step: int, state: TrainState) -> Result:
             """Evaluates the state that was saved last."""
-            with closing(held_out_batches(config.data, sources.val)) as batches:
-                found = evaluate(eval_step, state.weights, batches, mesh)
+            found = task.evaluate(state.weights)
             checkpoints.record(step, found.metrics())
             return found
 
@@ -124,7 +88,11 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
             with (
                 StopRequest() as stop,
                 Report(
-                    config, console, start=start, total=total, steps_per_epoch=steps_per_epoch
+                    config,
+                    console,
+                    start=start,
+                    total=total,
+                    steps_per_epoch=training.steps_per_epoch,
                 ) as report,
             ):
                 if start and due(start) and not checkpoints.metrics(start):
@@ -132,7 +100,7 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
                 for step in range(start + 1, total + 1):
                     if config.profile and step - start == _PROFILED[0]:
                         jax.profiler.start_trace(str(config.run / "profile"))
-                    learning_rate = schedule(step - 1)
+                    learning_rate = training.learning_rate(step - 1)
                     state, metrics = learner.train_step(
                         state, put_batch(next(batches), mesh), np.float32(learning_rate)
                     )
@@ -142,12 +110,13 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
                         jax.profiler.stop_trace()
 
                     stopping = stop.reached(step)
-                    if stopping or due(step) or step % (config.save_every or steps_per_epoch) == 0:
+                    save_every = config.save_every or training.steps_per_epoch
+                    if stopping or due(step) or step % save_every == 0:
                         report.sync()
                         checkpoints.save(
                             step,
                             state.items(),
-                            model=about_model(config, learner.model, sources.train),
+                            model=task.about,
                             data_iterator=batches,
                             config=to_json(config),
                         )
@@ -166,19 +135,32 @@ def train(config: RunConfig, console: Console | None = None) -> Evaluation | Non
         if result is None:
             result = held_out(start, state)
         if jax.process_count() == 1:
-            _draw(config, sources.val, eval_step, state, mesh, console)
+            _draw(config, task, state, console)
         return result
 
 
-def _announce(
-    console: Console, config: RunConfig, learner: Learner, sources: Sources, start: int, total: int
-) -> None:
+def open_task(config: AnyRun, mesh: Mesh, console: Console) -> Task:
+    """Opens the images of a run and builds what learns; nothing is computed.
+
+    Raises:
+        DataError: if the images can't be used.
+        ValueError: for an unknown model.
+    """
+    match config:
+        case RunConfig():
+            return classification_task(config, mesh, console)
+        case SegmentationConfig():
+            return segmentation_task(config, mesh, console)
+
+
+def _announce(console: Console, config: AnyRun, task: Task, training: Training, start: int) -> None:
     """Says what runs where, and from which point."""
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(learner.params))
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(task.learner.params))
+    total, length = training.total, "epochs" if isinstance(config, RunConfig) else "updates"
     console.print(
         f"{config.model_name}, {parameters:,} parameters, {config.model.dtype}; "
-        f"{len(sources.train)} training and {len(sources.val)} held-out images of "
-        f"{len(sources.train.class_names)} classes; "
+        f"{training.images} training and {task.held_out} held-out images of "
+        f"{len(task.class_names)} classes; "
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)",
         highlight=False,
         soft_wrap=True,
@@ -186,7 +168,7 @@ def _announce(
     if start >= total:
         console.print(
             f"{config.run} is finished ({start} updates). To train afresh, delete that folder or "
-            "choose another with --run; to train longer, raise --epochs",
+            f"choose another with --run; to train longer, raise --{length}",
             highlight=False,
             soft_wrap=True,
         )
@@ -201,36 +183,11 @@ def _announce(
         console.print(f"training into {config.run}, {total} updates", highlight=False)
 
 
-def _draw(
-    config: RunConfig,
-    source: ImageSource,
-    eval_step: EvalStep,
-    state: TrainState,
-    mesh: Mesh,
-    console: Console,
-) -> None:
+def _draw(config: AnyRun, task: Task, state: TrainState, console: Console) -> None:
     """Writes the picture of the run, if matplotlib is there."""
-    shown: dict[str, list[np.ndarray]] = {"image": [], "label": [], "prediction": []}
-    with closing(held_out_batches(config.data, source)) as batches:
-        for batch in itertools.islice(batches, -(-_DRAWN // config.data.eval_batch_size)):
-            results = eval_step(state.weights, put_batch(batch, mesh))
-            seen = batch["mask"]
-            shown["image"].append(batch["image"][seen])
-            shown["label"].append(batch["label"][seen])
-            shown["prediction"].append(np.asarray(results["prediction"])[seen])
-    images, labels, predictions = (np.concatenate(parts) for parts in shown.values())
-    mistakes_first = np.argsort(labels == predictions, kind="stable")[:48]
     path = config.run / "training.png"
     try:
-        draw_run(
-            path,
-            read_rows(config.run),
-            images[mistakes_first],
-            labels[mistakes_first],
-            predictions[mistakes_first],
-            source.class_names,
-            preprocessing_of(config.data),
-        )
+        task.draw(path, state.weights)
     except ImportError:
         console.print("no picture: matplotlib is missing (pip install 'vmamba-jax[demo]')")
     else:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from vmamba_jax.config import VMambaConfig, parse_forward_type
-from vmamba_jax.models.parameters import Path, place_of, variable_shapes
+from vmamba_jax.models.parameters import Path, layer_index, variable_shapes
 
 PyTree = Any
 
@@ -39,6 +39,8 @@ class OptimizerConfig:
         accumulation_steps: parts that a batch is split into, one after another, to save memory.
         layer_decay: each earlier block learns this much slower than the next; 1 is off.
         head_only: train the classifier's last layer alone.
+        frozen_stages: keep the patch embedding and so many first stages as they are, each with
+            the downsampling after it; 0 trains all. Norms of a backbone's maps are trained.
     """
 
     learning_rate: float = 5e-4
@@ -54,6 +56,7 @@ class OptimizerConfig:
     accumulation_steps: int = 1
     layer_decay: float = 1.0
     head_only: bool = False
+    frozen_stages: int = 0
 
     def __post_init__(self) -> None:
         """Refuses values that can't train."""
@@ -67,6 +70,7 @@ class OptimizerConfig:
             (not 0 <= self.ema_decay < 1, "ema_decay must lie in [0, 1)"),
             (self.accumulation_steps < 1, "accumulation_steps must be at least 1"),
             (not 0 < self.layer_decay <= 1, "layer_decay must lie in (0, 1]"),
+            (self.frozen_stages < 0, "frozen_stages can't be negative"),
         )
         for failed, message in problems:
             if failed:
@@ -162,27 +166,40 @@ def is_decayed(path: Path, model: VMambaConfig, *, decay_ssm: bool = True) -> bo
             return True
 
 
-def learning_rate_scale(path: Path, config: OptimizerConfig, depths: Sequence[int]) -> float:
+def learning_rate_scale(
+    path: Sequence[str], config: OptimizerConfig, depths: Sequence[int]
+) -> float:
     """How much slower than the head a parameter learns; 0 keeps it as it is.
 
-    The patch embedding is layer 0, every block is one layer, a downsampling belongs to the last
-    block before it, and the classifier comes last (Bao et al., "BEiT", 2021).
-
     Args:
-        path: of the parameter in its collection.
-        config: `layer_decay` and `head_only`.
+        path: names from the root of the parameters to the leaf; see `layer_index`.
+        config: `layer_decay`, `frozen_stages` and `head_only`.
         depths: blocks in each stage.
     """
-    module = path[0]
+    layer = layer_index(path, depths)
     if config.head_only:
-        return 1.0 if module == "head" else 0.0
-    layer = last = sum(depths) + 1
-    if module in ("patch_embed", "pos_embed"):
-        layer = 0
-    elif (place := place_of(module)) is not None:
-        stage, block = place
-        layer = sum(depths[:stage]) + (depths[stage] if block is None else block + 1)
-    return config.layer_decay ** (last - layer)
+        return float("head" in path)
+    if layer <= sum(depths[: config.frozen_stages]) and config.frozen_stages:
+        return 0.0
+    return config.layer_decay ** (sum(depths) + 1 - layer)
+
+
+def learning_rate_scales(
+    params: Mapping[str, Any], config: OptimizerConfig, depths: Sequence[int]
+) -> PyTree:
+    """`learning_rate_scale` of every leaf, for any network with a VMamba somewhere in it.
+
+    Args:
+        params: the network's parameters, as arrays or `jax.ShapeDtypeStruct`.
+        config: `layer_decay`, `frozen_stages` and `head_only`.
+        depths: blocks in each stage of the VMamba.
+
+    Returns:
+        The tree of `params` with a float at each leaf.
+    """
+    return flax.traverse_util.path_aware_map(
+        lambda path, _: learning_rate_scale([str(name) for name in path], config, depths), params
+    )
 
 
 class ClipState(NamedTuple):
@@ -261,11 +278,43 @@ def make_optimizer(
 
     decayed = each(lambda path: is_decayed(path, model_config, decay_ssm=config.decay_ssm))
     scales = each(lambda path: learning_rate_scale(path, config, model_config.depths))
+    return adamw(
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        decayed=decayed,
+        scales=scales,
+    )
+
+
+def adamw(
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+    decayed: PyTree,
+    scales: PyTree,
+) -> optax.GradientTransformationExtraArgs:
+    """PyTorch's AdamW behind PyTorch's clipping.
+
+    Args:
+        betas: decay of the first and second moments.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay.
+        clip_norm: largest global norm of the gradient; 0 leaves it alone.
+        decayed: for every parameter, whether weight decay applies.
+        scales: for every parameter, the factor of its learning rate; 0 keeps it as it is.
+
+    Returns:
+        An optax transformation; call ``update(grads, state, params, learning_rate=...)``.
+    """
     return optax.chain(
         _freeze(scales),
-        clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.betas[0], b2=config.betas[1], eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=eps),
+        optax.add_decayed_weights(weight_decay, mask=decayed),
         _scale_by_learning_rate(scales),
     )
 

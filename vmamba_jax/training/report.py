@@ -16,9 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from vmamba_jax.training.config import RunConfig
-from vmamba_jax.training.evaluate import Evaluation
+from vmamba_jax.training.evaluate import Result
 from vmamba_jax.training.metrics import MetricsLog
+from vmamba_jax.training.segmentation_config import AnyRun
 from vmamba_jax.training.step import Metrics
 
 
@@ -41,7 +41,7 @@ class Report:
     """
 
     def __init__(
-        self, config: RunConfig, console: Console, *, start: int, total: int, steps_per_epoch: int
+        self, config: AnyRun, console: Console, *, start: int, total: int, steps_per_epoch: int
     ) -> None:
         self._config = config
         self._console = console
@@ -131,21 +131,12 @@ class Report:
                 "again"
             )
 
-    def held_out(self, step: int, result: Evaluation) -> None:
+    def held_out(self, step: int, result: Result) -> None:
         """Reports an evaluation."""
-        epoch = step / self._steps_per_epoch
-        self._log.write(
-            {
-                "step": step,
-                "epoch": epoch,
-                **result.metrics(),
-            }
-        )
-        self._console.print(
-            f"epoch {epoch:g}: held-out loss {result.loss:.4f}, "
-            f"accuracy {100 * result.accuracy:.2f}%",
-            highlight=False,
-        )
+        epoch, batch_of_epoch = step / self._steps_per_epoch, step % self._steps_per_epoch
+        self._log.write({"step": step, "epoch": epoch, **result.metrics()})
+        where = f"update {step}" if batch_of_epoch else f"epoch {epoch:g}"
+        self._console.print(f"{where}: {result.summary()}", highlight=False)
 
     def sync(self) -> None:
         """Puts all that was reported on disk, so that no checkpoint is ahead of its record."""

@@ -1,11 +1,9 @@
 """From a configuration to the objects of a run: sources, batches, model, optimizer, step."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from vmamba_jax.config import VMambaConfig
@@ -25,8 +23,9 @@ from vmamba_jax.models.vssm import VSSM
 from vmamba_jax.preprocessing import Preprocessing, for_channels
 from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
-from vmamba_jax.training.state import TrainState, abstract_variables, make_state
-from vmamba_jax.training.step import Augment, Batch, TrainStep, make_train_step
+from vmamba_jax.training.state import abstract_variables, make_state
+from vmamba_jax.training.step import Augment, Batch, make_train_step
+from vmamba_jax.training.task import Learner
 
 
 class Sources(NamedTuple):
@@ -132,24 +131,6 @@ def held_out_batches(config: DataConfig, source: ImageSource) -> BatchIterator:
         worker_count=config.workers,
         damaged_is_fatal=config.damaged_is_fatal,
     )
-
-
-class Learner(NamedTuple):
-    """What learns, before any array is made.
-
-    Attributes:
-        model: the model.
-        optimizer: its optimizer.
-        init: builds the state from scratch.
-        train_step: one update, jitted.
-        params: the model's parameters as `jax.ShapeDtypeStruct`.
-    """
-
-    model: VSSM
-    optimizer: optax.GradientTransformationExtraArgs
-    init: Callable[[], TrainState]
-    train_step: TrainStep
-    params: object
 
 
 def build_learner(

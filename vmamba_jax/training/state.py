@@ -37,7 +37,7 @@ class TrainState:
 
     step: Leaf
     variables: PyTree
-    ema: PyTree
+    ema: PyTree  # jax puts a placeholder of its own where None is, as it shapes a state
     opt_state: PyTree
     rng: Leaf
     skipped: Leaf

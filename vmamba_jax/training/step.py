@@ -18,7 +18,9 @@ from vmamba_jax.training.state import TrainState
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Augment = Callable[[jax.Array, Batch], tuple[jax.Array, jax.Array]]
-"""(key, batch) -> images (B, H, W, C) float and soft targets (B, classes) float32."""
+"""(key, batch) -> images (B, H, W, C) float and targets, as the loss takes them."""
+Loss = Callable[[Any, jax.Array], jax.Array]
+"""(what the model returns, targets) -> float32 scalar."""
 TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
 """(state, batch, learning rate) -> (state, metrics)."""
 EvalStep = Callable[[Any, Batch], Metrics]
@@ -39,6 +41,7 @@ def make_train_step(
     augment: Augment,
     mesh: Mesh,
     *,
+    loss: Loss = soft_cross_entropy,
     ema_decay: float = 0.0,
     accumulation_steps: int = 1,
 ) -> TrainStep:
@@ -47,8 +50,9 @@ def make_train_step(
     Args:
         model: the model; its `dtype` is the compute precision.
         optimizer: from `make_optimizer`.
-        augment: turns a batch into images and soft targets on the device.
+        augment: turns a batch into images and targets on the device.
         mesh: from `make_mesh`.
+        loss: compares what the model returns in training with the targets.
         ema_decay: decay of the moving average, used if the state keeps one.
         accumulation_steps: parts that the batch is split into.
 
@@ -61,14 +65,14 @@ def make_train_step(
     def loss_fn(params: Any, model_state: Any, key: jax.Array, batch: Batch):
         augment_key, dropout_key = jax.random.split(key)
         images, targets = augment(augment_key, batch)
-        logits, new_model_state = model.apply(
+        outputs, new_model_state = model.apply(
             {"params": params, **model_state},
             images,
             train=True,
             rngs={"dropout": dropout_key},
             mutable=list(model_state),
         )
-        return soft_cross_entropy(logits, targets), new_model_state
+        return loss(outputs, targets), new_model_state
 
     def gradients(params: Any, model_state: Any, key: jax.Array, batch: Batch):
         """Loss, gradient and new batch statistics, over the accumulation steps."""

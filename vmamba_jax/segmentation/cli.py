@@ -1,0 +1,138 @@
+"""The command that segments photographs."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import MofNCompleteColumn, Progress
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from vmamba_jax.convert.source import read_weights
+from vmamba_jax.convert.tasks import task_of
+from vmamba_jax.data.decode import decode_rgb
+from vmamba_jax.data.errors import DamagedRecordError
+from vmamba_jax.predict import find_images
+from vmamba_jax.segmentation.config import UPerNetConfig
+from vmamba_jax.segmentation.inference import Inference, segment
+from vmamba_jax.segmentation.picture import ade20k_classes, overlay, shares, write_labels
+from vmamba_jax.segmentation.upernet import UPerNet
+from vmamba_jax.typing import Variables
+
+_Images = Annotated[tuple[Path, ...], Positional, arg(metavar="IMAGE...")]
+
+# In a file or a pipe there is no width to fit: nothing is cut.
+_out = Console(width=None if sys.stdout.isatty() else 200)
+_err = Console(stderr=True)
+
+
+def segment_images(
+    images: _Images,
+    *,
+    checkpoint: Path,
+    mode: Literal["whole", "slide"] = "whole",
+    scale: tuple[int, int] = (2048, 512),
+    crop_size: tuple[int, int] = (512, 512),
+    stride: tuple[int, int] = (341, 341),
+    top: int = 5,
+    save: Path | None = None,
+    save_labels: Path | None = None,
+) -> int:
+    """Tells the class of every pixel of images; ends with status 1 if one could not be read.
+
+    Args:
+        images: Image files, or folders of them.
+        checkpoint: The segmenter's weights: a converted model, a .pth or a .safetensors file.
+        mode: Show the network the whole image, or slide a window over it.
+        scale: The longest and shortest side that an image is resized to fit, in pixels.
+        crop_size: Height and width of the window, in pixels.
+        stride: Rows and columns from one window to the next.
+        top: How many classes of each image to show.
+        save: Draw the classes over the image with a legend: into this picture, or for several
+            images into this folder.
+        save_labels: Write the class indices as a grey PNG: likewise.
+    """
+    if top < 1:
+        raise ValueError("--top must be positive")
+    paths = find_images(images)
+    if not paths:
+        raise ValueError("no images: give image files, or folders that hold some")
+    for option, target in (("--save", save), ("--save-labels", save_labels)):
+        if target is not None and target.suffix and len(paths) > 1:
+            raise ValueError(f"{len(paths)} images don't fit one picture: give {option} a folder")
+    # What can't be written is said before the work and not after it.
+    if save is not None and save.suffix.lower() not in {"", *Image.registered_extensions()}:
+        raise ValueError(f"--save {save}: no picture format has that ending; .png is one")
+    if save_labels is not None and save_labels.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"--save-labels {save_labels}: label maps are written as .png files")
+    inference = Inference(mode, scale, crop_size, stride)
+    model, variables, names = _segmenter(checkpoint)
+    table = Table("image", "class", "share")
+    table.columns[2].justify = "right"
+    unreadable = 0
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=_err, transient=True) as progress:
+        every = progress.add_task("images", total=len(paths), visible=len(paths) > 1)
+        windows = progress.add_task("windows", total=None)
+        for path in paths:
+            progress.update(windows, completed=0, total=None)
+            try:
+                image = decode_rgb(path, str(path))
+            except DamagedRecordError as error:
+                unreadable += 1
+                line = f"[red]unreadable:[/red] {escape(f'{path}: {error.reason}')}"
+                _err.print(line, soft_wrap=True)
+                progress.advance(every)
+                continue
+
+            def shown(done: int, total: int) -> None:
+                progress.update(windows, completed=done, total=total)
+
+            labels = segment(model, variables, image, inference, shown)
+            for i, (label, share) in enumerate(shares(labels)[:top]):
+                name = escape(str(path)) if i == 0 else ""
+                table.add_row(name, escape(names[label]), f"{share:.1%}")
+            table.add_section()
+            if save is not None:
+                overlay(image, labels, names, _target(save, path, "png"))
+            if save_labels is not None:
+                write_labels(labels, _target(save_labels, path, "labels.png"))
+            progress.advance(every)
+    if table.row_count:
+        _out.print(table)
+    for what, target in (("picture", save), ("labels", save_labels)):
+        if target is not None and unreadable < len(paths):
+            _err.print(f"{what}: {escape(str(target))}", soft_wrap=True)
+    return 1 if unreadable else 0
+
+
+def _segmenter(checkpoint: Path) -> tuple[UPerNet, Variables, list[str]]:
+    """The model, its weights on the device, its classes' names."""
+    with _err.status(f"reading {escape(str(checkpoint))}"):
+        read = read_weights(checkpoint)
+    config, task = read.config, task_of(read.config)
+    if not isinstance(config, UPerNetConfig):
+        raise ValueError(
+            f"{checkpoint} holds {task.holds} and no segmenter (UPerNet); it is for "
+            f"`{task.command}`"
+        )
+    names = read.class_names
+    if names is None or len(names) != config.num_classes:
+        is_ade20k = config.num_classes == len(ade20k_classes())
+        numbers = [f"class {i}" for i in range(config.num_classes)]
+        names = list(ade20k_classes()) if is_ade20k else numbers
+    return UPerNet(config), jax.tree.map(jnp.asarray, read.variables()), names
+
+
+def _target(given: Path, image: Path, ending: str) -> Path:
+    """The file that one image's result goes to: `given`, or one in the folder `given`."""
+    if given.suffix:
+        given.parent.mkdir(parents=True, exist_ok=True)
+        return given
+    given.mkdir(parents=True, exist_ok=True)
+    return given / f"{image.stem}.{ending}"
