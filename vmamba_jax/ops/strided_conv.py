@@ -1,7 +1,6 @@
 """The strided convolution."""
 
 from functools import partial
-from typing import Any
 
 import jax
 from jax.custom_derivatives import SymbolicZero
@@ -51,7 +50,7 @@ def _derivative(stride: int, padding: int, primals, tangents):
     )
     (x, kernel), (dx, dkernel) = primals, tangents
     y = _convolve(x, kernel, stride, padding)
-    terms: list[Any] = [
+    terms: list[Array] = [
         per_device(convolve, *factors)
         for factors, tangent in (((dx, kernel), dx), ((x, dkernel), dkernel))
         if not isinstance(tangent, SymbolicZero)
