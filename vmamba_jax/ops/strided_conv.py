@@ -1,6 +1,7 @@
 """The strided convolution."""
 
 from functools import partial
+from typing import Any
 
 import jax
 from jax.custom_derivatives import SymbolicZero
