@@ -15,6 +15,7 @@ from vmamba_jax import cli, create_model, register_model
 from vmamba_jax.analysis.erf import effective_receptive_field
 from vmamba_jax.analysis.files import ImageFiles, label_by_folder
 from vmamba_jax.analysis.views import ResultFolder, Views
+from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.training.interrupt import StopRequest
 
 register_model("tiny", tiny.CONFIG)
@@ -96,7 +97,7 @@ def test_an_interrupted_analysis_keeps_what_is_done(photos, tmp_path):
 
         def views(at: int) -> Views:
             files = _Interrupted(paths, stop)
-            views = Views(model, variables, files, (32, 32), progress, stop, folder)
+            views = Views(model, variables, files, Preprocessing(32), progress, stop, folder)
             stop.name, files.at = None, at  # now: beartype has looked at an image, too
             return views
 

@@ -57,7 +57,7 @@ def main() -> None:
                 "summary": summary,
             },
             prog="vmamba-jax",
-            description="VMamba in JAX: convert checkpoints; classify, segment, find objects, analyze.",
+            description="VMamba in JAX: convert checkpoints; classify, segment, detect, analyze.",
         )
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         _err.print(f"[red]error:[/red] {_escape(error)}", soft_wrap=True, highlight=False)

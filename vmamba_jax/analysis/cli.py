@@ -90,7 +90,7 @@ def analyze(
     paths = find_images(images)
     if not paths:
         raise ValueError("no images: give image files, or folders that hold some")
-    size = (image_size * 2)[:2] or None
+    size = (image_size[0], image_size[-1]) if image_size else None
     network, variables, names, steps = _read_model(checkpoint, step, model, pretrained, size)
     variables = jax.tree.map(jnp.asarray, variables)  # to the device, once
     config = network.config

@@ -180,6 +180,7 @@ class Views:
         """The image, resized and cropped about its centre."""
         height, width = self._size
         image = self._files[index]["image"]
+        assert isinstance(image, Image.Image)  # of RGB
         return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
     def _normalised(self, picture: Image.Image) -> np.ndarray:

@@ -44,14 +44,14 @@ _convolve = jax.custom_jvp(_by_xla, nondiff_argnums=(2, 3))
 def _derivative(stride: int, padding: int, primals, tangents):
     """Of the first factor and of the second, each as the convolution itself."""
     at = {"stride": stride, "padding": padding}
-    convolve = partial(
+    convolve: Any = partial(
         jax.lax.platform_dependent,
         cpu=partial(_cpu.strided_conv, **at),
         default=partial(_by_xla, **at),
     )
     (x, kernel), (dx, dkernel) = primals, tangents
     y = _convolve(x, kernel, stride, padding)
-    terms: list[Any] = [
+    terms: list[Array] = [
         per_device(convolve, *factors)
         for factors, tangent in (((dx, kernel), dx), ((x, dkernel), dkernel))
         if not isinstance(tangent, SymbolicZero)
