@@ -46,7 +46,7 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("walk") / "run"
     options = ["--data.image-size=32", "--data.batch-size=24", "--data.eval-batch-size=16"]
     options += ["--epochs=2", "--optimizer.warmup-epochs=0", "--optimizer.ema-decay=0.5"]
-    options += ["--optimizer.head-only"]  # compiles in half the time, and only the way is tested
+    options += ["--optimizer.head-only"]  # compiles sooner, and only the way is tested
     paths = [f"--data.root={photos}", f"--init-from={FILE}", f"--run={run}"]
     assert train(["finetune", *paths, *options]) == 0
     return run
