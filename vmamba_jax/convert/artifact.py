@@ -180,8 +180,8 @@ def _items(path: Path) -> set[str]:
     held = {item for item in ("variables", "ema", "model", _SETTINGS) if (path / item).is_dir()}
     if "variables" not in held or held.isdisjoint(("model", _SETTINGS)):
         raise CheckpointError(
-            f"{path}: no saved model and no training run; `vmamba-jax convert` and `save_model` "
-            "write the one, train.py the other"
+            f"{path}: not a saved model, and no training run; `vmamba-jax convert` and "
+            "`save_model` write the one, train.py the other"
         )
     return held
 
