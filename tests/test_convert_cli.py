@@ -146,7 +146,7 @@ def test_convert_swaps_the_head_and_says_so(run, tmp_path):
     [
         (("convert", FIXTURES / "bad_shape.pth", "x"), "A_logs has shape"),
         (("convert", FIXTURES / "bad_truncated.pth", "x"), "cut short"),
-        (("convert", "missing.pth", "x"), "No such file"),
+        (("convert", "missing.pth", "x"), "error: missing.pth: No such file"),
         (("convert", RELEASED, FIXTURES), "exists already"),
         (("convert", RELEASED, "x", "--weights", "ema"), "no averaged"),
         (("convert", RELEASED, "x", "--num-classes", "-1"), "num_classes"),

@@ -69,9 +69,7 @@ def test_the_gradient_is_the_same_inside_shard_map(params, gradient):
 NOISY = VSSM(MODEL.config.replace(drop_path_rate=0.3, mlp_drop_rate=0.2, ssm_drop_rate=0.1))
 
 
-@pytest.mark.parametrize(
-    "in_context", [True, pytest.param(False, marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("in_context", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_a_training_step_is_the_same_on_a_mesh_of_explicit_axes(params, in_context):
     @jax.jit
     def step(params, images):
@@ -156,7 +154,9 @@ def test_an_ensemble_is_its_members(params):
 
 
 def test_linens_own_tools_work(params):
-    table = MODEL.tabulate(jax.random.key(0), IMAGES, compute_flops=True, console_kwargs={"width": 200})
+    table = MODEL.tabulate(
+        jax.random.key(0), IMAGES, compute_flops=True, console_kwargs={"width": 200}
+    )
     assert "layers_1_blocks_0" in table
     seen: Any
     _, seen = MODEL.apply({"params": params}, IMAGES, capture_intermediates=True)

@@ -15,7 +15,6 @@ from PIL import Image
 
 from vmamba_jax import VSSM, VMambaConfig, create_model, register_model
 from vmamba_jax.cli import main as vmamba_jax
-from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert import infer_config, load_model, read_weights
 from vmamba_jax.convert.identity import differing_fields
 from vmamba_jax.data.augment import EvalTransform

@@ -25,6 +25,7 @@ from vmamba_jax.convert.releases import RELEASES
 from vmamba_jax.convert.source import Weights, read_weights, widens
 from vmamba_jax.convert.tasks import task_of
 from vmamba_jax.detection.cli import detect_objects, evaluate_coco
+from vmamba_jax.errors import told
 from vmamba_jax.imagenet import imagenet_classes
 from vmamba_jax.models import VSSM
 from vmamba_jax.predict import Result, as_json, draw, find_images, predict
@@ -60,7 +61,7 @@ def main() -> None:
             description="VMamba in JAX: convert checkpoints; classify, segment, detect, analyze.",
         )
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-        _err.print(f"[red]error:[/red] {_escape(error)}", soft_wrap=True, highlight=False)
+        _err.print(f"[red]error:[/red] {_escape(told(error))}", soft_wrap=True, highlight=False)
         status = 1
     except KeyboardInterrupt:
         _err.print("interrupted")

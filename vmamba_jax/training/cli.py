@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from vmamba_jax._closest import closest
+from vmamba_jax.errors import told
 from vmamba_jax.training.classification import evaluate_classifier
 from vmamba_jax.training.config import PRESETS, EvalConfig, RunConfig, from_json
 from vmamba_jax.training.loop import train
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 result = train(config, console)
     except (ValueError, OSError, RunError, NotFiniteError, TopologyError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 1
     if result is not None and jax.process_index() == 0:
         print(result.headline())

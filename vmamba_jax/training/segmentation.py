@@ -24,7 +24,8 @@ from vmamba_jax.data import (
 )
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.registry import model_config
-from vmamba_jax.segmentation import UPerNet, UPerNetConfig, segmentation_loss
+from vmamba_jax.segmentation import UPerNet, UPerNetConfig
+from vmamba_jax.segmentation.loss import segmentation_loss
 from vmamba_jax.training.mean_iou import SegmentationEvaluation
 from vmamba_jax.training.metrics import read_rows
 from vmamba_jax.training.segmentation_config import (

@@ -1,6 +1,6 @@
 """The evaluation of one batch of photographs and label maps, as a pure function to be jitted.
 
-It gives what `vmamba_jax.segmentation.segment` gives, for many images at once on any mesh.
+It gives what `segmentation.inference.segment` gives, for many images at once on any mesh.
 """
 
 from collections.abc import Callable
