@@ -124,12 +124,12 @@ def test_learning_rates_fall_towards_the_image_and_end_at_the_frozen_stages():
 
 
 def test_the_examples_in_the_docs_run():
-    text = (Path(__file__).parents[1] / "docs" / "backbone.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "guides" / "backbone.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
     # The smallest model and image stand in for the tiny one: the calls are the same.
     code = code.replace("vmamba_tiny_s1l8", "vmamba_digits").replace("224", "16")
     names: dict = {}
-    exec(compile(code, "docs/backbone.md", "exec"), names)
+    exec(compile(code, "docs/guides/backbone.md", "exec"), names)
     assert names["logits"].shape == (1, 16, 16, 9)
     params, optimizer = names["params"], names["optimizer"]
     with jax.numpy_dtype_promotion("standard"):

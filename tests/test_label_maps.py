@@ -16,7 +16,6 @@ from vmamba_jax.data import (
     eval_batches,
     train_iterator,
 )
-from vmamba_jax.data.segmentation import fitted_size, resize_bilinear, resize_nearest
 
 RAW: dict = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255), "distortion": None}
 """Pixels as the bytes they were, in training."""
@@ -122,35 +121,6 @@ def test_a_mask_of_0_and_255_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "0", image, np.where(label == 0, 0, 255).astype(np.uint8))
     with pytest.raises(DataError, match="hold 0 and 255, and 255 means no class"):
         LabelMapFolder(tmp_path, "training", num_classes=2)
-
-
-def test_the_resized_size_is_the_published_one() -> None:
-    assert fitted_size(512, 683, (2048, 512)) == (512, 683)
-    assert fitted_size(256, 1536, (2048, 512)) == (341, 2048)
-    assert fitted_size(683, 511, (2048, 512)) == (684, 512)  # 683 * 512 / 511 + 0.5
-
-
-def test_bilinear_resizing_weighs_the_four_neighbours() -> None:
-    rows = np.array([[0, 100], [200, 50]], np.uint8)
-    image = np.stack([rows, 2 * (rows // 4), rows], -1)
-    # Centres of four pixels over two: -0.25 (the edge), 0.25, 0.75, 1.25 (the edge).
-    weights = np.array([[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
-    expected = np.einsum("yh,hwc,xw->yxc", weights, image.astype(float), weights)
-    whole = resize_bilinear(image, 4, 4)
-    np.testing.assert_array_equal(whole, np.floor(expected + 0.5))
-    part = resize_bilinear(image, 4, 4, slice(1, 3), slice(2, 4))
-    np.testing.assert_array_equal(part, whole[1:3, 2:4])
-    # No antialiasing: of each four pixels the middle two are read.
-    line = np.tile(np.arange(0, 240, 10, dtype=np.uint8)[None, :, None], (1, 1, 3))
-    np.testing.assert_array_equal(resize_bilinear(line, 1, 6)[0, :, 0], 15 + 40 * np.arange(6))
-
-
-def test_labels_are_resized_to_the_nearest() -> None:
-    label = np.array([[1, 2], [3, 255]], np.uint8)
-    doubled = np.repeat(np.repeat(label, 2, 0), 2, 1)
-    np.testing.assert_array_equal(resize_nearest(label, 4, 4), doubled)
-    part = resize_nearest(label, 4, 4, slice(1, 3), slice(1, 4))
-    np.testing.assert_array_equal(part, doubled[1:3, 1:4])
 
 
 def test_image_and_labels_stay_together_through_crop_flip_and_padding() -> None:

@@ -117,6 +117,23 @@ def test_names_and_shapes_are_mmsegmentations_and_back_is_bit_exact(name):
             np.testing.assert_array_equal(array, file.state_dict[key], strict=True)
 
 
+@pytest.mark.parity
+def test_another_picture_by_plain_pytorch():
+    import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+    import torch_upernet  # noqa: PLC0415
+
+    file = golden(SMALL)
+    nchw = images((1, 3, 70, 103), 1)
+    logits = jax.jit(UPerNet(file.config).apply)(
+        from_torch(file.state_dict, file.config), jnp.asarray(nchw.transpose(0, 2, 3, 1))
+    )
+    state = {key: torch.from_numpy(array) for key, array in file.state_dict.items()}
+    with torch.inference_mode():
+        expected = torch_upernet.segment(state, torch.from_numpy(nchw)).numpy()
+    actual = np.asarray(resize(logits.decode, (70, 103))).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", [SMALL, FULL])
 def test_the_architecture_is_inferred_from_names_and_shapes(name):
     file = golden(name)
@@ -311,7 +328,7 @@ def test_impossible_segmenters_are_refused(field, value, fault):
 
 @pytest.mark.exhaustive
 def test_the_examples_in_the_docs_run():
-    text = (Path(__file__).parents[1] / "docs" / "segmenter.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "guides" / "segmentation.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.S))
     # A smaller model and smaller images stand in: the calls are the same.
     code = code.replace("vmamba_tiny_s1l8", "vmamba_digits")
@@ -320,7 +337,7 @@ def test_the_examples_in_the_docs_run():
     code = code.replace("(1024, 512)", "(16, 16)")
     code = code.replace("photograph)  #", "photograph, Inference(scale=(16, 16)))  #")
     names: dict = {}
-    exec(compile(code, "docs/segmenter.md", "exec"), names)
+    exec(compile(code, "docs/guides/segmentation.md", "exec"), names)
     assert names["labels"].shape == (1, 16, 16)
     assert names["config"].channels == 8
     assert jax.tree.structure(names["slopes"]) == jax.tree.structure(names["variables"]["params"])

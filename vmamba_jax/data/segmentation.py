@@ -13,6 +13,7 @@ from PIL import Image
 
 from vmamba_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD, Pixels, normalize
 from vmamba_jax.data.decode import IGNORED
+from vmamba_jax.data.resize import fitted_size, resize_bilinear, resize_nearest
 
 LabelMap = UInt8[np.ndarray, "H W"]
 
@@ -174,73 +175,3 @@ class SegmentationEvalTransform:
         height, width = fitted_size(image.height, image.width, self.scale)
         pixels = resize_bilinear(np.asarray(image), height, width)
         return normalize(Image.fromarray(pixels), self.mean, self.std), np.asarray(label)
-
-
-def fitted_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image resized, its shape kept, to fit a box of either orientation."""
-    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    return int(height * factor + 0.5), int(width * factor + 0.5)
-
-
-_ALL = slice(None)
-
-
-def resize_bilinear(
-    pixels: UInt8[np.ndarray, "h w 3"],
-    height: int,
-    width: int,
-    rows: slice = _ALL,
-    columns: slice = _ALL,
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Resizes an image between its pixel centres, edges repeated and without antialiasing.
-
-    As OpenCV and PyTorch's ``interpolate`` do, which the published weights were trained with.
-
-    Args:
-      pixels: the image.
-      height: of the result, in pixels.
-      width: of the result, in pixels.
-      rows: of the result, to compute; all by default.
-      columns: of the result, to compute.
-    """
-    if pixels.shape[:2] == (height, width):
-        return pixels[rows, columns]
-    top, bottom, down = _between(pixels.shape[0], height, rows)
-    left, right, across = _between(pixels.shape[1], width, columns)
-    down, across = down[:, None, None], across[:, None]
-    # Rows first, and only the columns that are read.
-    first, last = left.min(), right.max() + 1
-    upper = pixels[top, first:last].astype(np.float32)
-    lower = pixels[bottom, first:last].astype(np.float32)
-    lower -= upper
-    upper += lower * down
-    result = upper[:, left - first]
-    result += (upper[:, right - first] - result) * across
-    return (result + 0.5).astype(np.uint8)
-
-
-def resize_nearest(
-    labels: UInt8[np.ndarray, "h w"],
-    height: int,
-    width: int,
-    rows: slice = _ALL,
-    columns: slice = _ALL,
-) -> UInt8[np.ndarray, "H W"]:
-    """Resizes a label map: each pixel takes the label at its centre. Arguments as above."""
-    below, across = (
-        _centres(labels.shape[0], height, rows),
-        _centres(labels.shape[1], width, columns),
-    )
-    return labels[np.floor(below + 0.5).astype(int)][:, np.floor(across + 0.5).astype(int)]
-
-
-def _centres(old: int, new: int, part: slice) -> np.ndarray:
-    """Where the centres of a resized axis' pixels lie, in pixels of the old axis."""
-    return (np.arange(new)[part] + 0.5) * (old / new) - 0.5
-
-
-def _between(old: int, new: int, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two neighbours of each centre, and the weight of the second."""
-    at = np.clip(_centres(old, new, part), 0, old - 1)
-    first = np.floor(at).astype(int)
-    return first, np.minimum(first + 1, old - 1), (at - first).astype(np.float32)

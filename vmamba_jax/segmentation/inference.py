@@ -16,7 +16,7 @@ from jaxtyping import Int32
 from PIL import Image
 
 from vmamba_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
-from vmamba_jax.data.segmentation import fitted_size, resize_bilinear
+from vmamba_jax.data.resize import fitted_size, resize_bilinear
 from vmamba_jax.segmentation.upernet import UPerNet, resize
 from vmamba_jax.typing import Array, Float, Variables
 
