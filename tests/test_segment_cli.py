@@ -12,8 +12,9 @@ from PIL import Image
 
 from vmamba_jax import UPerNet, cli
 from vmamba_jax.convert import read_weights
+from vmamba_jax.segmentation import Inference
 from vmamba_jax.segmentation.config import UPerNetConfig
-from vmamba_jax.segmentation.inference import Inference, segment
+from vmamba_jax.segmentation.inference import segment
 from vmamba_jax.segmentation.picture import ade20k_classes, palette, shares
 
 DATA = Path(__file__).parent / "data"

@@ -16,8 +16,7 @@ from vmamba_jax.convert import from_torch, infer_config, to_torch
 from vmamba_jax.convert.mapping import weight_table
 from vmamba_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
 from vmamba_jax.segmentation import create_segmenter, inference
-from vmamba_jax.segmentation.config import UPerNetConfig
-from vmamba_jax.segmentation.inference import Inference
+from vmamba_jax.segmentation.config import Inference, UPerNetConfig
 from vmamba_jax.segmentation.loss import pixel_cross_entropy, segmentation_loss
 from vmamba_jax.segmentation.upernet import SegmenterLogits, UPerNet, adaptive_average, resize
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vmamba_jax import cli as vmamba_jax
 from vmamba_jax.checkpoint import Checkpoints
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert import CheckpointError, load_model, save_model
 from vmamba_jax.convert.upernet import upernet_weights
 from vmamba_jax.models import VSSM
 from vmamba_jax.registry import model_config, register_model
-from vmamba_jax.segmentation import UPerNet, UPerNetConfig
+from vmamba_jax.segmentation import Inference, UPerNet, UPerNetConfig
+from vmamba_jax.segmentation.inference import segment
 from vmamba_jax.training.cli import main
 from vmamba_jax.training.config import from_json, to_json
 from vmamba_jax.training.interrupt import StopRequest
@@ -285,6 +288,28 @@ def test_a_finished_run_is_evaluated_by_itself_with_every_class(
     # The images are as large as a window: both ways are the same.
     evaluated = next(row["mean_iou"] for row in read_rows(finished) if "mean_iou" in row)
     assert f"held-out mIoU {100 * evaluated:.2f}%" in capfd.readouterr().out
+
+
+def test_a_run_segments_photographs_as_it_evaluated_them(
+    finished: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, how = load_model(finished), Inference("whole", (64, 32), (32, 32), (16, 16))
+    assert saved.preprocessing == how
+    image, labels = folder / "images" / "validation" / "0.png", tmp_path / "labels.png"
+    segmenter = tmp_path / "segmenter"
+    for command in (
+        ("convert", finished, segmenter),
+        ("segment", image, "--checkpoint", segmenter, "--save-labels", labels),
+    ):
+        monkeypatch.setattr(sys, "argv", ["vmamba-jax", *map(str, command)])
+        with pytest.raises(SystemExit) as ended:
+            vmamba_jax.main()
+        assert ended.value.code == 0
+    assert isinstance(saved.config, UPerNetConfig)
+    with Image.open(image) as file:
+        expected = segment(UPerNet(saved.config), saved.variables, file.convert("RGB"), how)
+    with Image.open(labels) as file:
+        np.testing.assert_array_equal(np.asarray(file), expected)
 
 
 def test_a_classifier_gives_the_backbone_and_a_segmenter_everything(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def _classifier(
             task = task_of(config)
             raise ValueError(f"{checkpoint} holds {task.holds}: run it with `{task.command}`")
         variables = read.variables()
-        steps = read.preprocessing
+        steps = read.preprocessing if isinstance(read.preprocessing, Preprocessing) else None
         if read.provenance.get("layout") == "training run":
             _err.print(f"weights: {_escape(_which(read.provenance))}", highlight=False)
     else:

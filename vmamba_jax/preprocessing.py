@@ -50,19 +50,6 @@ class Preprocessing:
         assert isinstance(self.image_size, tuple)
         return self.image_size
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Preprocessing":
-        """Rebuilds it from its fields as JSON types.
-
-        Raises:
-            ValueError, TypeError: for values that no preprocessing has.
-        """
-        tuples: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-        return cls(**tuples)
-
     def replace(self, **changes: Any) -> "Preprocessing":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)

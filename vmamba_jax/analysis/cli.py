@@ -142,7 +142,8 @@ def _read_model(
     names, steps = None, None
     if checkpoint is not None:
         read = read_weights(checkpoint, image_size=size, step=step)
-        config, names, steps = read.config, read.class_names, read.preprocessing
+        config, names = read.config, read.class_names
+        steps = read.preprocessing if isinstance(read.preprocessing, Preprocessing) else None
         if not isinstance(config, VMambaConfig):
             raise ValueError(
                 f"{checkpoint} holds {task_of(config).holds}: analyze takes classifiers"

@@ -21,7 +21,13 @@ import orbax.checkpoint as ocp
 
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.layout import WeightChoice
-from vmamba_jax.convert.tasks import CLASSIFICATION, NetworkConfig, task_named, task_of
+from vmamba_jax.convert.tasks import (
+    CLASSIFICATION,
+    ImageSteps,
+    NetworkConfig,
+    task_named,
+    task_of,
+)
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.registry import model_config
@@ -46,14 +52,14 @@ class SavedModel(NamedTuple):
     config: NetworkConfig
     provenance: dict[str, Any]
     class_names: list[str] | None
-    preprocessing: Preprocessing | None = None
+    preprocessing: ImageSteps | None = None
 
 
 def describe_model(
     config: NetworkConfig,
     provenance: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: ImageSteps | None = None,
 ) -> dict[str, Any]:
     """What is kept beside the weights, as JSON types; arguments as of `save_model`."""
     return {
@@ -71,7 +77,7 @@ def save_model(
     config: NetworkConfig,
     provenance: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
-    preprocessing: Preprocessing | None = None,
+    preprocessing: ImageSteps | None = None,
 ) -> None:
     """Writes a model; the folder appears only when it is complete.
 
@@ -212,19 +218,19 @@ def _described(about: Mapping[str, Any]) -> SavedModel:
     if "backbone" in fields:
         fields["backbone"] = VMambaConfig(**fields["backbone"])
     # Models saved by earlier versions are classifiers.
-    config = task_named(about.get("task", CLASSIFICATION.name)).config(**fields)
+    task = task_named(about.get("task", CLASSIFICATION.name))
+    config = task.config(**fields)
     names, steps = about.get("class_names"), about.get("preprocessing")
     if names is not None and (
         len(names) != config.num_classes or not all(isinstance(name, str) for name in names)
     ):
         raise ValueError(f"it has {config.num_classes} classes and not as many names")
-    return SavedModel(
-        {},
-        config,
-        about["provenance"],
-        names,
-        None if steps is None else Preprocessing.from_json(steps),
-    )
+    if steps is not None:
+        if task.preprocessing is None:
+            raise ValueError(f"{task.name} keeps no preprocessing")
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in steps.items()}
+        steps = task.preprocessing(**tuples)
+    return SavedModel({}, config, about["provenance"], names, steps)
 
 
 def _shapes(directory: Any) -> Any:

@@ -28,7 +28,7 @@ from vmamba_jax.convert.hugging_face import Port, is_port, load_port
 from vmamba_jax.convert.layout import WeightChoice, find_weights
 from vmamba_jax.convert.mapping import from_torch, infer_config, is_counter, to_torch
 from vmamba_jax.convert.naming import Change, standard_names
-from vmamba_jax.convert.tasks import NetworkConfig, task_of
+from vmamba_jax.convert.tasks import ImageSteps, NetworkConfig, task_of
 from vmamba_jax.convert.torch_file import SHARDS, load_torch_file
 from vmamba_jax.convert.vmamba import BACKBONE, backbone_of
 from vmamba_jax.errors import CheckpointError
@@ -58,7 +58,7 @@ class Weights(Generic[Config]):
     provenance: dict[str, Any]
     changes: list[Change]
     class_names: list[str] | None = None
-    preprocessing: Preprocessing | None = None
+    preprocessing: ImageSteps | None = None
 
     def variables(self) -> Variables:
         """The weights as float32 variables for the network's ``apply``."""
@@ -141,9 +141,9 @@ def adapt_weights(
         patches = config.feature_size(*config.input_size, stage=0)
         state_dict, resized = resize_position_embedding(state_dict, *patches)
     from_torch(state_dict, config)  # strict: every missing, unexpected or misshapen key
-    if preprocessing is not None and image_size is not None:
+    if isinstance(preprocessing, Preprocessing) and image_size is not None:
         preprocessing = preprocessing.replace(image_size=image_size)
-    if preprocessing is not None and channels and in_chans is not None:
+    if isinstance(preprocessing, Preprocessing) and channels and in_chans is not None:
         mean, std = (for_channels(v, in_chans) for v in (preprocessing.mean, preprocessing.std))
         preprocessing = preprocessing.replace(mean=mean, std=std)
     made = [*channels, *resized, *new_head]

@@ -16,10 +16,13 @@ from vmamba_jax.convert.weight import StateDict, Weight
 from vmamba_jax.detection.config import MaskRCNNConfig
 from vmamba_jax.detection.mask_rcnn import MaskRCNN
 from vmamba_jax.models import VSSM
-from vmamba_jax.segmentation.config import UPerNetConfig
+from vmamba_jax.preprocessing import Preprocessing
+from vmamba_jax.segmentation.config import Inference, UPerNetConfig
 from vmamba_jax.segmentation.upernet import UPerNet
 
 NetworkConfig: TypeAlias = VMambaConfig | UPerNetConfig | MaskRCNNConfig
+ImageSteps: TypeAlias = Preprocessing | Inference
+"""What images go through before a network sees them."""
 
 
 class Task(NamedTuple):
@@ -36,6 +39,7 @@ class Task(NamedTuple):
             have for a number of classes; without a bare VMamba's.
         untraced: fields of the architecture that leave no trace in the weights.
         config: the type of the architecture.
+        preprocessing: the type of what images go through, where models keep it.
         network: the module that an architecture describes.
         weights: every weight of an architecture under both names.
         infer_config: the architecture behind a state dict.
@@ -49,6 +53,7 @@ class Task(NamedTuple):
     last_layers: Callable[[int], dict[str, int]]
     untraced: tuple[str, ...]
     config: type
+    preprocessing: type | None
     network: Callable[..., nn.Module]
     weights: Callable[..., tuple[Weight, ...]]
     infer_config: Callable[[StateDict], NetworkConfig]
@@ -63,6 +68,7 @@ CLASSIFICATION = Task(
     last_layers=lambda _: {},
     untraced=(),
     config=VMambaConfig,
+    preprocessing=Preprocessing,
     network=VSSM,
     weights=vmamba_weights,
     infer_config=infer_config,
@@ -79,6 +85,7 @@ SEGMENTATION = Task(
     },
     untraced=("dropout",),
     config=UPerNetConfig,
+    preprocessing=Inference,
     network=UPerNet,
     weights=upernet_weights,
     infer_config=infer_upernet,
@@ -96,6 +103,7 @@ DETECTION = Task(
     },
     untraced=("anchor_scale", "anchor_ratios"),
     config=MaskRCNNConfig,
+    preprocessing=None,
     network=MaskRCNN,
     weights=mask_rcnn_weights,
     infer_config=infer_mask_rcnn,

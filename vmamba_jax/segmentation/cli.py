@@ -1,5 +1,6 @@
 """The command that segments photographs."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,8 +19,8 @@ from vmamba_jax.convert.tasks import task_of
 from vmamba_jax.data.decode import decode_rgb
 from vmamba_jax.data.errors import DamagedRecordError
 from vmamba_jax.predict import find_images
-from vmamba_jax.segmentation.config import UPerNetConfig
-from vmamba_jax.segmentation.inference import Inference, segment
+from vmamba_jax.segmentation.config import Inference, UPerNetConfig
+from vmamba_jax.segmentation.inference import segment
 from vmamba_jax.segmentation.picture import ade20k_classes, overlay, shares, write_labels
 from vmamba_jax.segmentation.upernet import UPerNet
 from vmamba_jax.typing import Variables
@@ -35,19 +36,25 @@ def segment_images(
     images: _Images,
     *,
     checkpoint: Path,
-    mode: Literal["whole", "slide"] = "whole",
-    scale: tuple[int, int] = (2048, 512),
-    crop_size: tuple[int, int] = (512, 512),
-    stride: tuple[int, int] = (341, 341),
+    step: str | None = None,
+    mode: Literal["whole", "slide"] | None = None,
+    scale: tuple[int, int] | None = None,
+    crop_size: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
     top: int = 5,
     save: Path | None = None,
     save_labels: Path | None = None,
 ) -> int:
     """Tells the class of every pixel of images; ends with status 1 if one could not be read.
 
+    How an image is shown is by default as its weights' run evaluated, or else as the published
+    evaluation: whole, at 2048 x 512, or by windows of 512 x 512 every 341 pixels.
+
     Args:
         images: Image files, or folders of them.
-        checkpoint: The segmenter's weights: a converted model, a .pth or a .safetensors file.
+        checkpoint: The segmenter's weights: a converted model, a run, a .pth or a .safetensors
+            file.
+        step: Which checkpoint of a run: best, latest or a number.
         mode: Show the network the whole image, or slide a window over it.
         scale: The longest and shortest side that an image is resized to fit, in pixels.
         crop_size: Height and width of the window, in pixels.
@@ -70,8 +77,11 @@ def segment_images(
         raise ValueError(f"--save {save}: no picture format has that ending; .png is one")
     if save_labels is not None and save_labels.suffix.lower() not in ("", ".png"):
         raise ValueError(f"--save-labels {save_labels}: label maps are written as .png files")
-    inference = Inference(mode, scale, crop_size, stride)
-    model, variables, names = _segmenter(checkpoint)
+    given = {"mode": mode, "scale": scale, "crop_size": crop_size, "stride": stride}
+    given = {name: value for name, value in given.items() if value is not None}
+    dataclasses.replace(Inference(), **given)  # a mistake is said before the weights are read
+    model, variables, names, stored = _segmenter(checkpoint, step)
+    inference = dataclasses.replace(stored, **given)
     table = Table("image", "class", "share")
     table.columns[2].justify = "right"
     unreadable = 0
@@ -111,10 +121,12 @@ def segment_images(
     return 1 if unreadable else 0
 
 
-def _segmenter(checkpoint: Path) -> tuple[UPerNet, Variables, list[str]]:
-    """The model, its weights on the device, its classes' names."""
+def _segmenter(
+    checkpoint: Path, step: str | None
+) -> tuple[UPerNet, Variables, list[str], Inference]:
+    """The model, its weights on the device, its classes' names, how images are shown to it."""
     with _err.status(f"reading {escape(str(checkpoint))}"):
-        read = read_weights(checkpoint)
+        read = read_weights(checkpoint, step=step)
     config, task = read.config, task_of(read.config)
     if not isinstance(config, UPerNetConfig):
         raise ValueError(
@@ -126,7 +138,8 @@ def _segmenter(checkpoint: Path) -> tuple[UPerNet, Variables, list[str]]:
         is_ade20k = config.num_classes == len(ade20k_classes())
         numbers = [f"class {i}" for i in range(config.num_classes)]
         names = list(ade20k_classes()) if is_ade20k else numbers
-    return UPerNet(config), jax.tree.map(jnp.asarray, read.variables()), names
+    stored = read.preprocessing if isinstance(read.preprocessing, Inference) else Inference()
+    return UPerNet(config), jax.tree.map(jnp.asarray, read.variables()), names, stored
 
 
 def _target(given: Path, image: Path, ending: str) -> Path:

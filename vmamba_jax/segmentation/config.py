@@ -1,7 +1,8 @@
-"""The architecture of one UPerNet on a VMamba, as a frozen, hashable value."""
+"""The architecture of one UPerNet on a VMamba, and how photographs are shown to it, as values."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from vmamba_jax._closest import closest
 from vmamba_jax.config import VMambaConfig
@@ -71,3 +72,27 @@ class UPerNetConfig:
             if name not in fields:
                 raise ValueError(f"unknown config field {name!r}." + closest(name, fields))
         return dataclasses.replace(self, **overrides)  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+    """How a photograph is shown to the network; the defaults are the published evaluation's.
+
+    Attributes:
+        mode: ``"whole"``, or ``"slide"``: by windows whose logits are averaged.
+        scale: longest and shortest side that the image is resized to fit, in pixels.
+        crop_size: height and width of a window, in pixels.
+        stride: rows and columns from one window to the next.
+
+    Raises:
+        ValueError: for a size or stride that is not positive.
+    """
+
+    mode: Literal["whole", "slide"] = "whole"
+    scale: tuple[int, int] = (2048, 512)
+    crop_size: tuple[int, int] = (512, 512)
+    stride: tuple[int, int] = (341, 341)
+
+    def __post_init__(self) -> None:
+        if min(*self.scale, *self.crop_size, *self.stride) < 1:
+            raise ValueError("scale, crop size and stride must be positive")

@@ -4,10 +4,9 @@ No image is padded: a network sees what the published evaluation showed it. So o
 compiled for each size of its input, which is one for all images where the window slides.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,35 +16,12 @@ from PIL import Image
 
 from vmamba_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
 from vmamba_jax.data.resize import fitted_size, resize_bilinear
+from vmamba_jax.segmentation.config import Inference
 from vmamba_jax.segmentation.upernet import UPerNet, resize
 from vmamba_jax.typing import Array, Float, Variables
 
 _BAND = 32  # rows of a result that are classified at a time
 Labels = Int32[np.ndarray, "image_H image_W"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Inference:
-    """How a photograph is shown to the network; the defaults are the published evaluation's.
-
-    Attributes:
-        mode: ``"whole"``, or ``"slide"``: by windows whose logits are averaged.
-        scale: longest and shortest side that the image is resized to fit, in pixels.
-        crop_size: height and width of a window, in pixels.
-        stride: rows and columns from one window to the next.
-
-    Raises:
-        ValueError: for a size or stride that is not positive.
-    """
-
-    mode: Literal["whole", "slide"] = "whole"
-    scale: tuple[int, int] = (2048, 512)
-    crop_size: tuple[int, int] = (512, 512)
-    stride: tuple[int, int] = (341, 341)
-
-    def __post_init__(self) -> None:
-        if min(*self.scale, *self.crop_size, *self.stride) < 1:
-            raise ValueError("scale, crop size and stride must be positive")
 
 
 def segment(

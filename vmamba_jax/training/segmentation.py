@@ -24,7 +24,7 @@ from vmamba_jax.data import (
 )
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.registry import model_config
-from vmamba_jax.segmentation import UPerNet, UPerNetConfig
+from vmamba_jax.segmentation import Inference, UPerNet, UPerNetConfig
 from vmamba_jax.segmentation.loss import segmentation_loss
 from vmamba_jax.training.mean_iou import SegmentationEvaluation
 from vmamba_jax.training.metrics import read_rows
@@ -103,7 +103,7 @@ def segmentation_task(config: SegmentationConfig, mesh: Mesh, console: Console) 
             eval_every=config.eval_every,
             learning_rate=make_linear_schedule(config.optimizer, config.updates),
         ),
-        about=about_model(config, architecture, source.class_names),
+        about=about_model(config, architecture, source.class_names, _inference(data)),
         check_same_run=lambda saved: check_same_run(
             config, saved, architecture, source.class_names
         ),
@@ -222,6 +222,12 @@ def _no_heads(source: str) -> CheckpointError:
     return CheckpointError(
         f"{source} has a backbone without a segmenter's heads: train it before evaluating"
     )
+
+
+def _inference(data: SegmentationData) -> Inference:
+    """How a run evaluates, which is how its weights are used."""
+    side, stride = data.crop_size, data.stride
+    return Inference(data.eval_mode, data.scale, (side, side), (stride, stride))
 
 
 def _open(data: SegmentationData, split: str) -> LabelMapFolder:

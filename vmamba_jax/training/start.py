@@ -12,10 +12,9 @@ from vmamba_jax.convert.identity import differing_fields
 from vmamba_jax.convert.pretrained import fit_weights, open_pretrained
 from vmamba_jax.convert.releases import RELEASES
 from vmamba_jax.convert.source import Weights, vmamba_of
-from vmamba_jax.convert.tasks import NetworkConfig
+from vmamba_jax.convert.tasks import ImageSteps, NetworkConfig
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.imagenet import in_words
-from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.registry import model_config
 from vmamba_jax.run_folder import complete_steps
 from vmamba_jax.training.config import EvalConfig, RunConfig, differences, from_json, to_json
@@ -112,7 +111,7 @@ def about_model(
     config: AnyRun,
     architecture: NetworkConfig,
     class_names: Sequence[str],
-    preprocessing: Preprocessing | None = None,
+    preprocessing: ImageSteps | None = None,
 ) -> dict[str, Any]:
     """What a run keeps beside its weights, so that each checkpoint is a model."""
     provenance = {"run": config.run.name, "init_from": config.init_from}
