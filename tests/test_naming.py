@@ -221,7 +221,7 @@ def test_a_saved_model_is_never_overwritten_and_damage_is_named(tmp_path):
         save_model(path, read.variables(), read.config)
     with pytest.raises(CheckpointError, match="no such folder"):
         load_model(tmp_path / "other")
-    with pytest.raises(CheckpointError, match="no saved model"):
+    with pytest.raises(CheckpointError, match="not a saved model"):
         load_model(FIXTURES)
     next((path / "model").glob("meta*")).write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
