@@ -113,19 +113,47 @@ class ConvModule(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: FeatureMap, train: bool = False) -> Float[Array, "B H W c"]:
-        """``(B, H, W, C) -> (B, H, W, features)``, float32."""
-        x = nn.Conv(
-            self.features,
-            (self.kernel, self.kernel),
-            padding=self.kernel // 2,
-            use_bias=False,
-            kernel_init=_conv_init,
-            name="conv",
-            **dtypes_of(self),
-        )(x)
+    def __call__(self, maps: Sequence[Array], train: bool = False) -> Float[Array, "B H W c"]:
+        """Maps (B, H, W, C) side by side, resized to the first's size, to one of `features`."""
+        dtypes = dtypes_of(self)
+        x = PyramidConv(self.features, self.kernel, name="conv", **dtypes)(maps)
         norm = BatchNorm(use_running_average=not train, param_dtype=self.param_dtype, name="bn")
         return jax.nn.relu(norm(x))
+
+
+class PyramidConv(nn.Module):
+    """A convolution without bias of several maps, as if resized to one size and concatenated.
+
+    A smaller map is convolved by `resized_conv`, which multiplies at its own size.
+
+    Attributes:
+        features: output channels.
+        kernel: side of the window, odd.
+        dtype: compute dtype.
+        param_dtype: dtype of the parameters.
+    """
+
+    features: int
+    kernel: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, maps: Sequence[Array]) -> Float[Array, "B H W c"]:
+        """Maps (B, H, W, C), the first of the result's size, to one of `features` channels."""
+        channels = [x.shape[-1] for x in maps]
+        shape = (self.kernel, self.kernel, sum(channels), self.features)
+        kernel = self.param("kernel", _conv_init, shape, self.param_dtype).astype(self.dtype)
+        kernels = jnp.split(kernel, np.cumsum(channels)[:-1], axis=2)
+        first, *rest = (x.astype(self.dtype) for x in maps)
+        by = self.kernel // 2
+        y = jax.lax.conv_general_dilated(
+            *(first, kernels[0], (1, 1), ((by, by), (by, by))),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        size = first.shape[1:3]
+        parts = (resized_conv(x, k, size) for x, k in zip(rest, kernels[1:], strict=True))
+        return sum(parts, y.astype(jnp.float32))
 
 
 class UPerHead(nn.Module):
@@ -151,22 +179,20 @@ class UPerHead(nn.Module):
     def __call__(self, maps: list[Array], train: bool = False) -> Float[Array, "B h w classes"]:
         """Maps (B, H, W, C) of every stage, the largest first, to logits of the largest's size."""
 
-        def conv(kernel: int, name: str, x: Array) -> Array:
-            return ConvModule(self.channels, kernel, name=name, **dtypes_of(self))(x, train)
+        def conv(kernel: int, name: str, *maps: Array) -> Array:
+            return ConvModule(self.channels, kernel, name=name, **dtypes_of(self))(maps, train)
 
         *lower, top = maps
         pooled = [
-            resize(conv(1, f"psp_modules_{i}", adaptive_average(top, scale)), top.shape[1:3])
+            conv(1, f"psp_modules_{i}", adaptive_average(top, scale))
             for i, scale in enumerate(self.pool_scales)
         ]
-        top = conv(3, "bottleneck", jnp.concatenate([top, *pooled], axis=-1))
+        top = conv(3, "bottleneck", top, *pooled)
         pyramid = [conv(1, f"lateral_convs_{i}", x) for i, x in enumerate(lower)] + [top]
         for i in reversed(range(len(lower))):
             pyramid[i] = pyramid[i] + resize(pyramid[i + 1], pyramid[i].shape[1:3])
         pyramid[:-1] = [conv(3, f"fpn_convs_{i}", x) for i, x in enumerate(pyramid[:-1])]
-        size = pyramid[0].shape[1:3]
-        x = jnp.concatenate([resize(x, size) for x in pyramid], axis=-1)
-        x = conv(3, "fpn_bottleneck", x)
+        x = conv(3, "fpn_bottleneck", *pyramid)
         return _classify_pixels(self.num_classes, self.dropout, x, train, self.param_dtype)
 
 
@@ -190,7 +216,7 @@ class FCNHead(nn.Module):
     @nn.compact
     def __call__(self, x: FeatureMap, train: bool = False) -> Float[Array, "B H W c"]:
         """``(B, H, W, C) -> (B, H, W, classes)``, float32."""
-        x = ConvModule(self.channels, 3, name="convs_0", **dtypes_of(self))(x, train)
+        x = ConvModule(self.channels, 3, name="convs_0", **dtypes_of(self))([x], train)
         return _classify_pixels(self.num_classes, self.dropout, x, train, self.param_dtype)
 
 
@@ -221,6 +247,35 @@ def resize(x: FeatureMap, size: Sequence[int]) -> ResampledMap:
         return x
     shape = (x.shape[0], *size, x.shape[-1])
     return jax.image.resize(x, shape, "linear", antialias=False, precision=_EXACT)
+
+
+def resized_conv(
+    x: FeatureMap, kernel: Float[Array, "S S C c"], size: Sequence[int]
+) -> Float[Array, "B h w c"]:
+    """The convolution of a map that `resize` has brought to `size`, padded to keep that size.
+
+    Resampling mixes positions and a kernel's tap mixes channels, so that either may come first.
+    Each tap multiplies the map as it is, a small part of the products at the larger size, and the
+    results are resampled and shifted in one, by the rows and then by the columns.
+
+    Args:
+        x: a map.
+        kernel: of odd S.
+        size: height and width of the result.
+    """
+    products = jnp.einsum("bhwc,ijcd->bhwijd", x, kernel, preferred_element_type=jnp.float32)
+
+    def taps(old: int, new: int) -> np.ndarray:
+        """What each position of the result takes of each old one by each tap: (S, new, old)."""
+        at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
+        weights = np.maximum(1 - np.abs(at[:, None] - np.arange(old)), 0)
+        by = len(kernel) // 2
+        padded = np.pad(weights, ((by, by), (0, 0))).astype(np.float32)
+        return np.stack([padded[i : i + new] for i in range(len(kernel))])
+
+    rows, columns = taps(x.shape[1], size[0]), taps(x.shape[2], size[1])
+    products = jnp.einsum("iyh,bhwijd->bywjd", rows, products, precision=_EXACT)
+    return jnp.einsum("jxw,bywjd->byxd", columns, products, precision=_EXACT)
 
 
 def adaptive_average(x: FeatureMap, side: int) -> ResampledMap:
