@@ -295,6 +295,7 @@ print("imported:", {"torch", "yacs", "mmengine", "sklearn", "matplotlib"} & set(
     assert out.rstrip().endswith("imported: set()")
 
 
+@pytest.mark.exhaustive
 def test_a_full_size_model_converts_exactly_within_half_again_its_size_of_memory(tmp_path):
     with np.load(DATA / "golden_released" / "vmamba_base_s1l20.npz") as arrays:
         meta, expected = json.loads(str(arrays["meta"])), arrays["logits"]

@@ -137,6 +137,7 @@ def test_dropout_acts_in_training_only():
     assert np.abs(noisy - calm).max() > 1e-4
 
 
+@pytest.mark.exhaustive
 def test_recomputation_changes_memory_and_nothing_else():
     images = draw(2, 16, 16, 3)
 

@@ -19,7 +19,7 @@ SMALL = {
     "training": {"MODEL": "tiny", "EPOCHS": 2.0, "BATCH_SIZE": 472, "FINE_TUNING_EPOCHS": 2.0},
 }
 """Values for the names that a notebook sets in its cell tagged "parameters"."""
-SLOW = ("training",)  # its training steps compile for half a minute
+SLOW = ("conversion", "directions", "tour", "training")  # they compile for half a minute
 LARGEST = 300 * 1024  # bytes
 
 

@@ -237,6 +237,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.exhaustive
 def test_a_run_lowers_the_loss_and_leaves_metrics_a_picture_and_the_best_checkpoint(
     finished: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +254,7 @@ def test_a_run_lowers_the_loss_and_leaves_metrics_a_picture_and_the_best_checkpo
         assert checkpoints.best_step == best
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_run_resumes_bit_for_bit(
     finished: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +276,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     )
 
 
+@pytest.mark.exhaustive
 def test_a_finished_run_is_evaluated_by_itself_with_every_class(
     finished: Path, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +293,7 @@ def test_a_finished_run_is_evaluated_by_itself_with_every_class(
     assert f"held-out mIoU {100 * evaluated:.2f}%" in capfd.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_a_run_segments_photographs_as_it_evaluated_them(
     finished: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def test_the_last_line_is_the_held_out_accuracy_and_a_finished_run_says_how_to_s
     assert "To train afresh, delete that folder" in output
 
 
+@pytest.mark.exhaustive
 def test_a_longer_run_goes_on_from_the_last_checkpoint(
     finished: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

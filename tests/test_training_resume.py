@@ -95,6 +95,7 @@ def test_a_run_stopped_by_sigterm_is_saved_and_resumes_exactly(
     _assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_run_resumes_exactly_from_its_last_checkpoint(
     uninterrupted: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def peer_shapes() -> dict[str, tuple[int, ...]]:
     return {key: tuple(shape) for key, shape in (shapes | heads).items()}
 
 
+@pytest.mark.exhaustive
 def test_a_run_predicts_its_own_classes_and_converts_to_pytorch(
     run: Path,
     photos: Path,
