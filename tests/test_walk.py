@@ -18,6 +18,7 @@ from vmamba_jax.cli import main as vmamba_jax
 from vmamba_jax.convert import infer_config, load_model, read_weights
 from vmamba_jax.convert.identity import differing_fields
 from vmamba_jax.data.augment import EvalTransform
+from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.training.cli import main as train
 
 pytestmark = pytest.mark.xdist_group("walk")  # its tests share a run
@@ -59,12 +60,12 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     assert ended.value.code == 0
 
 
-def logits(path: Path, images: jax.Array, config: VMambaConfig) -> np.ndarray:
+def logits(path: Path, images: jax.Array, config: Any) -> np.ndarray:
     return np.asarray(_forward(config)(read_weights(path).variables(), images))
 
 
 @functools.cache
-def _forward(config: VMambaConfig) -> Callable[..., Any]:
+def _forward(config: Any) -> Callable[..., Any]:
     return jax.jit(VSSM(config).apply)
 
 
@@ -101,7 +102,8 @@ def test_a_run_predicts_its_own_classes_and_converts_to_pytorch(
     assert {key: array.shape for key, array in back.state_dict.items()} == peer_shapes()
     assert infer_config(back.state_dict).num_classes == 3
 
-    assert saved.preprocessing is not None
+    assert isinstance(saved.preprocessing, Preprocessing)
+    assert isinstance(saved.config, VMambaConfig)
     transform = EvalTransform.of(saved.preprocessing)
     images = jnp.stack([transform(Image.open(result["image"])) for result in results])
     # By the architecture that the run states, and by that which the file's names and shapes say.
@@ -117,7 +119,6 @@ def test_a_run_predicts_its_own_classes_and_converts_to_pytorch(
     folder = load_model(tmp_path / "folder")
     assert folder.class_names == CLASSES
     assert folder.preprocessing == saved.preprocessing
-    assert isinstance(saved.config, VMambaConfig)
     register_model("walked", saved.config.replace(num_classes=1000))
     _, variables = create_model("walked", pretrained=run, num_classes=3)
     jax.tree.map(np.testing.assert_array_equal, variables, saved.variables)
