@@ -271,7 +271,7 @@ def _over_chunks(
         The results (B, L, ...) and the total.
     """
     start, _ = carry
-    group = len(start)
+    group = start.shape[0]
     batch, length = arrays[0].shape[:2]
     count = length // steps
 
@@ -308,11 +308,12 @@ def _padding(length: int, steps: int, reverse: bool):
     Steps of size zero follow the sequence: they neither decay nor drive the state. Softplus would
     make them positive, but after the end that changes no output.
     """
-    padding = -length % steps
+    # Written so that, of a symbolic length, what is filled up is seen to be whole chunks.
+    padding = -(-length // steps) * steps - length
     before_after = (padding, 0) if reverse else (0, padding)
 
     def pad(*arrays: Array) -> tuple[Array, ...]:
-        if not padding:
+        if padding == 0:
             return arrays
         return tuple(jnp.pad(a, [(0, 0), before_after] + [(0, 0)] * (a.ndim - 2)) for a in arrays)
 
