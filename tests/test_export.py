@@ -191,8 +191,8 @@ def test_a_damaged_file_is_one_clear_error(exported, tmp_path, damage):
 
 
 def test_a_foreign_or_newer_file_is_told_from_a_damaged_one(exported, tmp_path):
-    with np.load(exported) as arrays:
-        arrays = dict(arrays)
+    with np.load(exported) as file:
+        arrays = dict(file)
     about = json.loads(str(arrays["about"]))
 
     def written(**changes):

@@ -74,7 +74,7 @@ def export_checkpoint(
     with _err.status(f"reading {escape(str(checkpoint))}"):
         read = read_weights(checkpoint, image_size=size, step=step)
         variables = read.variables()
-    steps = _preprocessing(read, size)
+    steps = preprocessing_of(read, size)
     with _err.status(f"exporting for {', '.join(platforms)}"):
         export_model(
             target,
@@ -84,7 +84,7 @@ def export_checkpoint(
             image_size=None if any_size else steps.size,
             platforms=platforms,
             weight_dtype=weight_dtype,
-            class_names=_class_names(read),
+            class_names=class_names_of(read),
             preprocessing=steps,
             provenance=read.provenance,
         )
@@ -105,7 +105,8 @@ def export_checkpoint(
     return 0
 
 
-def _preprocessing(read: Weights[Any], size: tuple[int, int] | None) -> Preprocessing:
+def preprocessing_of(read: Weights[Any], size: tuple[int, int] | None) -> Preprocessing:
+    """What images have to go through for these weights, and their size in pixels, if it is asked."""
     config, steps = read.config, read.preprocessing
     if steps is None and isinstance(config, VMambaConfig):
         steps = imagenet_preprocessing(size or config.input_size, config.in_chans)
@@ -114,7 +115,7 @@ def _preprocessing(read: Weights[Any], size: tuple[int, int] | None) -> Preproce
     return steps if size is None else steps.replace(image_size=size)
 
 
-def _class_names(read: Weights[Any]) -> list[str] | None:
+def class_names_of(read: Weights[Any]) -> list[str] | None:
     """Those of the weights, or of the data set that has so many classes."""
     if read.class_names is not None:
         return read.class_names
