@@ -2,10 +2,10 @@
 
     python -m pip install -e ".[dev,parity]" && python benchmarks/export.py
 
-All run in turn in this process, on the same weights from a seed and the same noise: the model under
-`jax.jit`, its exports, ONNX Runtime where `--onnx` names a file of `examples/export_onnx.py` (for one
-image, and then of its own weights) and onnxruntime is installed, and the PyTorch of
-tests/torch_backbone.py with a classifier. Each but ONNX's is compared with the model's logits.
+All run in turn in this process, on the same weights from a seed and the same noise: the model
+under `jax.jit`, its exports, ONNX Runtime where `--onnx` names a file of examples/export_onnx.py
+for one image, and the PyTorch of tests/torch_backbone.py with a classifier. Each is compared with
+the model's logits, but for ONNX Runtime's, whose file has its own weights.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
     python -m venv onnx && onnx/bin/pip install -e . "jax2onnx==0.17.1" onnxruntime
     onnx/bin/python examples/export_onnx.py model.onnx --checkpoint vmamba_tiny
 
-An environment of its own, since jax2onnx asks for older versions of what this package uses. The file
-is written if ONNX Runtime's numbers equal the model's within the tolerance, and not otherwise.
+An environment of its own, since jax2onnx asks for older versions of what this package uses. The
+file is written if ONNX Runtime's numbers equal the model's within the tolerance, else not.
 """
 
 import json

@@ -106,7 +106,7 @@ def export_checkpoint(
 
 
 def preprocessing_of(read: Weights[Any], size: tuple[int, int] | None) -> Preprocessing:
-    """What images have to go through for these weights, and their size in pixels, if it is asked."""
+    """What images have to go through for these weights; of this size, if one is asked."""
     config, steps = read.config, read.preprocessing
     if steps is None and isinstance(config, VMambaConfig):
         steps = imagenet_preprocessing(size or config.input_size, config.in_chans)

@@ -67,7 +67,7 @@ def export_model(
         OSError: if it can't be written.
     """
     asked = _asked(config, batch_size, image_size)
-    if not platforms or set(platforms) - set(PLATFORMS):
+    if not platforms or not set(platforms) <= set(PLATFORMS):
         raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, got {platforms}")
     flat: Any = flatten_dict(jax.tree.map(np.asarray, variables), sep="/")
     stored = {f"{WEIGHTS}{name}": _store(name, a, weight_dtype) for name, a in flat.items()}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from vmamba_jax.models.backbone import VSSMBackbone
 from vmamba_jax.models.layers import BatchNorm, Dropout, dtypes_of
 from vmamba_jax.segmentation.config import UPerNetConfig
-from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, ResampledMap
+from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, ResampledMap, Size
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., 2015
 # Interpolation and means are products of matrices, which no accelerator may round.
@@ -207,7 +207,7 @@ def _classify_pixels(
     )(x)
 
 
-def resize(x: FeatureMap, size: Sequence[int]) -> ResampledMap:
+def resize(x: FeatureMap, size: Sequence[Size]) -> ResampledMap:
     """Resamples a map bilinearly as PyTorch's ``interpolate`` does.
 
     Half-pixel centres, edges repeated, no antialiasing.
@@ -233,7 +233,7 @@ def adaptive_average(x: FeatureMap, side: int) -> ResampledMap:
         side: height and width of the result, in bins.
     """
 
-    def bins(length: int) -> Float[Array, "side length"]:
+    def bins(length: Size) -> Float[Array, "side length"]:
         # Of JAX's numbers, since the length of a map of any size is one only when it is run.
         i, position = jnp.arange(side)[:, None], jnp.arange(length)[None]
         first, end = i * length // side, -(-(i + 1) * length // side)
