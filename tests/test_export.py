@@ -1,5 +1,6 @@
 """Exported models: the same numbers without this package, any sizes, one clear error a bad file."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_images_of_another_size_or_dtype_are_refused(exported):
     [
         {"forward_type": "v05_noz", "patchembed_version": "v2"},
         {"forward_type": "m0_noz", "ssm_init": "v2", "downsample_version": "v1"},
-        {"forward_type": "v052dc", "ssm_d_state": 2, "mlp_ratio": 0.0},
+        {"forward_type": "v052dc", "ssm_d_state": 2, "depths": (1,), "dims": 8},
         {"forward_type": "v052d3_onsoftmax", "norm_layer": "bn", "downsample_version": "v2"},
     ],
     ids=lambda fields: fields["forward_type"],
@@ -115,11 +116,12 @@ def test_one_program_takes_images_of_any_size_on_all_platforms(fields, tmp_path)
     assert {name: p.platforms for name, p in loaded.programs.items()} == {
         "program": ("cpu", "cuda", "tpu")
     }
-    assert loaded.takes == "(any number, a multiple of 8, a multiple of 8, 3)"
+    side = 4 * 2 ** (len(config.depths) - 1)
+    assert loaded.takes == f"(any number, a multiple of {side}, a multiple of {side}, 3)"
     expected = jax.jit(network.apply)(variables, images_of())
     np.testing.assert_allclose(loaded(images_of()), expected, rtol=1e-5, atol=1e-6)
-    for wrong in (images_of()[:, :20], images_of()[:0]):
-        with pytest.raises(ValueError, match=r"must be \(any number, a multiple of 8"):
+    for wrong in (images_of()[:, :22], images_of()[:0]):
+        with pytest.raises(ValueError, match=r"must be \(any number, a multiple of"):
             loaded(wrong)
 
 
@@ -225,6 +227,17 @@ def test_a_foreign_or_newer_file_is_told_from_a_damaged_one(exported, tmp_path):
         load_exported(tmp_path / "none.npz")
     with pytest.raises(OSError, match="absent"):
         load_exported(tmp_path / "absent.npz")
+
+
+def test_a_program_that_this_jax_cannot_read_is_told_by_the_jax_that_wrote_it(exported, tmp_path):
+    loaded = load_exported(exported)
+    program = dataclasses.replace(loaded.programs["program"], mlir_module_serialized=b"ML\xefRnew")
+    path, about = tmp_path / "m.npz", {**loaded.about, "jax": "9.9"}
+    artifact.save_exported(path, {"program": program}, loaded.weights, about)
+    with pytest.raises(
+        CheckpointError, match=r"m\.npz: its program, written by JAX 9\.9, can't be"
+    ):
+        load_exported(path)
 
 
 def test_what_cannot_be_exported_is_said_before_anything_is_written(variables, tmp_path):

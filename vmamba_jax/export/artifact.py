@@ -92,12 +92,16 @@ class ExportedModel:
         """The shape of the images, in words."""
         return f"({', '.join(map(_in_words, self.about['images']))})"
 
+    @property
+    def program(self) -> Exported:
+        """The program of the default device's platform."""
+        on_tpu = jax.default_backend() == "tpu" and TPU_PROGRAM in self.programs
+        return self.programs[TPU_PROGRAM if on_tpu else PROGRAM]
+
     @cached_property
     def _ready(self) -> tuple[Any, Any]:
-        """The weights on the device, and the program compiled once a shape."""
-        on_tpu = jax.default_backend() == "tpu" and TPU_PROGRAM in self.programs
-        program = self.programs[TPU_PROGRAM if on_tpu else PROGRAM]
-        return jax.device_put(dict(self.weights)), jax.jit(program.call)
+        """The weights on the device, and the program, compiled once a shape."""
+        return jax.device_put(dict(self.weights)), jax.jit(self.program.call)
 
 
 def _fits(size: int, asked: int | Mapping[str, int]) -> bool:
@@ -178,6 +182,7 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedModel:
         if PROGRAM not in programs:
             raise ValueError("it holds no program")
         loaded = ExportedModel(programs, weights, about)
+        _check_readable(loaded.program, about["jax"])
         _ = loaded.takes, loaded.class_names, loaded.preprocessing  # whether they can be read
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -195,6 +200,17 @@ def _check_members(file: zipfile.ZipFile, size: int) -> None:
         raise CheckpointError(f"{_DAMAGED}: it is compressed")
     if sum(member.file_size for member in members) > size:
         raise CheckpointError(f"{_DAMAGED}: its parts overlap")
+
+
+def _check_readable(program: Exported, writer: str) -> None:
+    try:
+        program.mlir_module()
+    except jax.errors.JaxRuntimeError as error:
+        raise CheckpointError(
+            f"its program, written by JAX {writer}, can't be read by JAX {jax.__version__}, which "
+            "reads those of JAX up to six months older: take a newer JAX, or export it again with "
+            "this one"
+        ) from error
 
 
 def _about(arrays: Any) -> dict[str, Any]:
