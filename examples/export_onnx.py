@@ -1,10 +1,11 @@
 """Writes a model as ONNX through jax2onnx, and checks it in ONNX Runtime.
 
-    python -m venv onnx && onnx/bin/pip install -e . "jax2onnx==0.17.1" onnxruntime
+    python -m venv onnx && onnx/bin/pip install "jax2onnx==0.17.1" onnxruntime
+    onnx/bin/pip install -e . && onnx/bin/pip install -U orbax-checkpoint
     onnx/bin/python examples/export_onnx.py model.onnx --checkpoint vmamba_tiny
 
-An environment of its own, since jax2onnx asks for older versions of what this package uses. The
-file is written if ONNX Runtime's numbers equal the model's within the tolerance, else not.
+An environment of its own, since jax2onnx asks for an older Orbax than this package reads models
+with (pip says so; the conversion does not mind the newer one). The file is written if ONNX Runtime's numbers equal the model's within the tolerance, else not.
 """
 
 import json
