@@ -5,7 +5,8 @@
     onnx/bin/python examples/export_onnx.py model.onnx --checkpoint vmamba_tiny
 
 An environment of its own, since jax2onnx asks for an older Orbax than this package reads models
-with (pip says so; the conversion does not mind the newer one). The file is written if ONNX Runtime's numbers equal the model's within the tolerance, else not.
+with (pip says so; the conversion does not mind the newer one). The file is written if ONNX
+Runtime's numbers equal the model's within the tolerance, else not.
 """
 
 import json
