@@ -117,6 +117,18 @@ def _in_words(asked: int | Mapping[str, int]) -> str:
     return "any number" if step == 1 else f"a multiple of {step}"
 
 
+def refuse_existing(path: str | os.PathLike[str]) -> Path:
+    """The path of a file that does not exist yet.
+
+    Raises:
+        CheckpointError: something is there.
+    """
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; choose another name or delete it")
+    return path
+
+
 def save_exported(
     path: str | os.PathLike[str],
     programs: Mapping[str, Exported],
@@ -135,9 +147,7 @@ def save_exported(
         CheckpointError: if something is at `path` already.
         OSError: if it can't be written.
     """
-    path = Path(path)
-    if path.exists():
-        raise CheckpointError(f"{path}: exists already; choose another name or delete it")
+    path = refuse_existing(path)
     versions = {
         "format": FORMAT,
         "version": VERSION,

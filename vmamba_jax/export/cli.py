@@ -14,7 +14,12 @@ from tyro.conf import Positional, arg
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.source import Weights, read_weights
 from vmamba_jax.convert.tasks import SEGMENTATION, task_of
-from vmamba_jax.export.artifact import TPU_PROGRAM, ExportedModel, load_exported
+from vmamba_jax.export.artifact import (
+    TPU_PROGRAM,
+    ExportedModel,
+    load_exported,
+    refuse_existing,
+)
 from vmamba_jax.export.program import Platform, WeightDtype, export_model
 from vmamba_jax.imagenet import imagenet_classes
 from vmamba_jax.preprocessing import Preprocessing, imagenet_preprocessing
@@ -64,8 +69,7 @@ def export_checkpoint(
         )
     if target.suffix != ".npz":
         raise ValueError(f"{target}: an exported model is an .npz file; name it so")
-    if target.exists():
-        raise ValueError(f"{target}: exists already; choose another name or delete it")
+    refuse_existing(target)
     if any_size and image_size is not None:
         raise ValueError("give either --image-size or --any-size")
     if image_size is not None and len(image_size) not in (1, 2):

@@ -14,7 +14,13 @@ from jax.export import Exported, export, symbolic_shape
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.convert.artifact import describe_model
 from vmamba_jax.convert.tasks import DETECTION, NetworkConfig, task_of
-from vmamba_jax.export.artifact import PROGRAM, TPU_PROGRAM, WEIGHTS, save_exported
+from vmamba_jax.export.artifact import (
+    PROGRAM,
+    TPU_PROGRAM,
+    WEIGHTS,
+    refuse_existing,
+    save_exported,
+)
 from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.segmentation.upernet import SegmenterLogits
 from vmamba_jax.typing import Array, Variables
@@ -66,6 +72,7 @@ def export_model(
         ValueError: for a detector, a size that the model can't take, or no platforms.
         OSError: if it can't be written.
     """
+    path = refuse_existing(path)  # before the work, and not after it
     asked = _asked(config, batch_size, image_size)
     if not platforms or not set(platforms) <= set(PLATFORMS):
         raise ValueError(f"platforms must be some of {', '.join(PLATFORMS)}, got {platforms}")
