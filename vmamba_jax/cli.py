@@ -26,10 +26,11 @@ from vmamba_jax.convert.source import Weights, read_weights, widens
 from vmamba_jax.convert.tasks import task_of
 from vmamba_jax.detection.cli import detect_objects, evaluate_coco
 from vmamba_jax.errors import told
+from vmamba_jax.export.cli import export_checkpoint
 from vmamba_jax.imagenet import imagenet_classes
 from vmamba_jax.models import VSSM
 from vmamba_jax.predict import Result, as_json, draw, find_images, predict
-from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, for_channels
+from vmamba_jax.preprocessing import Preprocessing, imagenet_preprocessing
 from vmamba_jax.registry import list_models, model_config
 from vmamba_jax.segmentation.cli import segment_images
 
@@ -54,11 +55,12 @@ def main() -> None:
                 "detect": detect_objects,
                 "coco-eval": evaluate_coco,
                 "analyze": analyze,
+                "export": export_checkpoint,
                 "models": models,
                 "summary": summary,
             },
             prog="vmamba-jax",
-            description="VMamba in JAX: convert checkpoints; classify, segment, detect, analyze.",
+            description="VMamba in JAX: convert and export; classify, segment, detect, analyze.",
         )
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         _err.print(f"[red]error:[/red] {_escape(told(error))}", soft_wrap=True, highlight=False)
@@ -306,8 +308,7 @@ def _classifier(
         numbers = [f"class {i}" for i in range(config.num_classes)]
         names = list(imagenet_classes()) if imagenet else numbers
     if steps is None:
-        mean, std = (for_channels(v, config.in_chans) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        steps = Preprocessing(config.input_size, mean=mean, std=std)
+        steps = imagenet_preprocessing(config.input_size, config.in_chans)
     return VSSM(config), variables, names, steps.replace(image_size=size or steps.size)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from vmamba_jax._closest import closest
+from vmamba_jax.typing import Size
 
 ScanOrder = Literal["cross2d", "unidi", "bidi", "rot90", "cascade2d"]
 OutNorm = Literal["layernorm", "none", "dwconv3", "cnorm", "softmax", "sigmoid"]
@@ -262,11 +263,11 @@ class VMambaConfig:
             return math.ceil(self.stage_dims[stage] / 16)
         return self.ssm_dt_rank
 
-    def feature_size(self, height: int, width: int, stage: int = -1) -> tuple[int, int]:
+    def feature_size(self, height: Size, width: Size, stage: int = -1) -> tuple[Size, Size]:
         """Height and width of a stage's map, in positions, for an image of this size in pixels."""
         stage = range(len(self.depths))[stage]
 
-        def side(pixels: int) -> int:
+        def side(pixels: Size) -> Size:
             if self.patchembed_version == "v1":
                 pixels //= self.patch_size
             else:

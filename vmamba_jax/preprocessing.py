@@ -55,6 +55,14 @@ class Preprocessing:
         return dataclasses.replace(self, **changes)
 
 
+def imagenet_preprocessing(
+    image_size: int | tuple[int, int], channels: int, crop: float = 224 / 256
+) -> Preprocessing:
+    """What images go through for weights that say nothing of it; arguments of `Preprocessing`."""
+    mean, std = (for_channels(values, channels) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return Preprocessing(image_size, crop, mean, std)
+
+
 def for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     """A mean or deviation of RGB images for images of other channels, as kernels are fitted.
 

@@ -29,6 +29,9 @@ ResampledMap: TypeAlias = Float[Array, "B h w c"]
 Images: TypeAlias = Num[Array, "B image_H image_W image_C"]
 Variables: TypeAlias = dict[str, Any]
 """Flax variable collections: ``{"params": {...}}`` and, with BatchNorm, ``"batch_stats"``."""
+Size: TypeAlias = Any
+"""Of an axis: an int, or a symbol that is reckoned with as with one, in a program that `jax.export`
+makes for any batch or image."""
 Dtype: TypeAlias = jax.typing.DTypeLike
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "Int",
     "Num",
     "ResampledMap",
+    "Size",
     "UInt8",
     "Variables",
 ]

@@ -268,7 +268,7 @@ def _check_images(images: Array, config: VMambaConfig) -> None:
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images must be normalised floats, got {images.dtype}")
     batch_axes(images)
-    if min(config.feature_size(*images.shape[1:3])) < 1:
+    if any(side < 1 for side in config.feature_size(*images.shape[1:3])):
         raise ValueError(
             f"images of {images.shape[1]}x{images.shape[2]} are too small for {len(config.depths)} "
             "stages: nothing is left in the last one"

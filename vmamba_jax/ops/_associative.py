@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vmamba_jax.ops._chunked import Coefficients, Plan, chunked_scan
-from vmamba_jax.typing import Array, Float
+from vmamba_jax.typing import Array, Float, Size
 
 
 def selective_scan(
@@ -46,7 +46,7 @@ def _recurrence(
     return jnp.concatenate([states, start] if reverse else [start, states], axis=1)
 
 
-def _block(batch: int, states: int) -> tuple[int, int]:
+def _block(batch: Size, states: int) -> tuple[Size, int]:
     """All images at once, as a GPU wants them; of a wide state few steps, 2 MB an image."""
     return max(batch, 1), min(64, max(8, 2**19 // states))
 

@@ -24,7 +24,7 @@ from vmamba_jax.ops._alike import alike
 from vmamba_jax.ops._discretise import sigmoid, softplus
 from vmamba_jax.ops._parts import chunk_length, largest_divisor
 from vmamba_jax.ops.residuals import keep, together
-from vmamba_jax.typing import Array, Float
+from vmamba_jax.typing import Array, Float, Size
 
 Coefficients = Callable[[tuple[Array, ...]], tuple[Array, Array]]
 """Of one step: its row of each array -> decay and drive (G, *K, N, C) of ``h -> decay h + drive``.
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     recurrence: Callable[[Coefficients, tuple[Array, ...], Array, bool], Array]
     """(coefficients, arrays (G, T, ...), start, reverse) -> states (G, T + 1, ...): `start`, then
     the state after each step; in reverse from the last to the first."""
-    block: Callable[[int, int], tuple[int, int]]
+    block: Callable[[Size, int], tuple[Size, int]]
     """(batch, number of states of one batch element) -> G, a divisor of the batch, and the most
     steps T that a chunk may have."""
 
@@ -164,7 +164,7 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
 _scan.defvjp(_forward, _backward)
 
 
-def _block(like: Array, weights: _Weights, plan: Plan) -> tuple[int, int]:
+def _block(like: Array, weights: _Weights, plan: Plan) -> tuple[Size, int]:
     batch, length = like.shape[:2]
     group, longest = plan.block(batch, weights.A.size)
     return group, chunk_length(length, longest)
@@ -271,7 +271,7 @@ def _over_chunks(
         The results (B, L, ...) and the total.
     """
     start, _ = carry
-    group = len(start)
+    group = start.shape[0]
     batch, length = arrays[0].shape[:2]
     count = length // steps
 
@@ -302,17 +302,18 @@ def _over_chunks(
     return results, total
 
 
-def _padding(length: int, steps: int, reverse: bool):
+def _padding(length: Size, steps: int, reverse: bool):
     """Functions that fill arrays (B, L, ...) up to whole chunks, and undo it.
 
     Steps of size zero follow the sequence: they neither decay nor drive the state. Softplus would
     make them positive, but after the end that changes no output.
     """
-    padding = -length % steps
+    # Written so that, of a symbolic length, what is filled up is seen to be whole chunks.
+    padding = -(-length // steps) * steps - length
     before_after = (padding, 0) if reverse else (0, padding)
 
     def pad(*arrays: Array) -> tuple[Array, ...]:
-        if not padding:
+        if padding == 0:
             return arrays
         return tuple(jnp.pad(a, [(0, 0), before_after] + [(0, 0)] * (a.ndim - 2)) for a in arrays)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.export import is_symbolic_dim
 from jax.sharding import AxisType, PartitionSpec
 
 from vmamba_jax.ops import _reference
@@ -53,9 +54,12 @@ def selective_scan(
     mesh.
 
     Raises:
-        NotImplementedError: for routes that don't tile a register's 8 rows.
+        NotImplementedError: for routes that don't tile a register's 8 rows, and for sizes that
+            are symbols: a kernel is built for one size.
     """
     routes = u.shape[2]
+    if any(map(is_symbolic_dim, u.shape)):
+        raise NotImplementedError(f"a kernel is built for one size, and u is {u.shape}")
     if ROWS % routes:
         raise NotImplementedError(f"{routes} routes do not divide a register's {ROWS} rows")
 

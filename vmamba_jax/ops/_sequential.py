@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from vmamba_jax.ops._chunked import Coefficients, Plan, chunked_scan
 from vmamba_jax.ops._parts import largest_divisor
-from vmamba_jax.typing import Array, Float
+from vmamba_jax.typing import Array, Float, Size
 
 STEP = 2**10
 """States that a step advances at once, if there are images enough: what a step costs for its own
@@ -53,7 +53,7 @@ def _recurrence(
     return jax.lax.fori_loop(0, steps, advance, states)
 
 
-def _block(batch: int, states: int) -> tuple[int, int]:
+def _block(batch: Size, states: int) -> tuple[Size, int]:
     group = largest_divisor(batch, STEP // states)
     return group, max(8, CHUNK // (group * states))
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from vmamba_jax._closest import closest
-from vmamba_jax.typing import Array, FeatureMap, Float
+from vmamba_jax.typing import Array, FeatureMap, Float, Size
 
 Order = Literal["cross2d", "unidi", "bidi", "rot90"]
 
@@ -61,7 +61,7 @@ def to_layouts(x: FeatureMap, order: str = "cross2d") -> tuple[Float[Array, "B L
 
 
 def from_layouts(
-    routes: Sequence[Float[Array, "B L C"]], height: int, width: int, order: str = "cross2d"
+    routes: Sequence[Float[Array, "B L C"]], height: Size, width: Size, order: str = "cross2d"
 ) -> FeatureMap:
     """Adds K sequences up on the map, each of them in the order of its layout (none reversed)."""
     routes_of(order)
@@ -87,7 +87,7 @@ def cross_scan(x: FeatureMap, order: str = "cross2d") -> Float[Array, "B L K C"]
 
 
 def cross_merge(
-    y: Float[Array, "B L K C"], height: int, width: int, order: str = "cross2d"
+    y: Float[Array, "B L K C"], height: Size, width: Size, order: str = "cross2d"
 ) -> FeatureMap:
     """Puts K = 4 sequences back on the map and adds them up: the transpose of `cross_scan`.
 

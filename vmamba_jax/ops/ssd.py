@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from vmamba_jax.ops._discretise import step_size
 from vmamba_jax.typing import Array, Float
@@ -47,8 +48,8 @@ def ssd(
         x, delta, B, C = (jnp.flip(a, axis=1) for a in (x, delta, B, C))
     batch, length, routes, heads, width = x.shape
     states = B.shape[-1]
-    chunk = min(chunk, length)
-    padding = -length % chunk
+    chunk = chunk if is_symbolic_dim(length) else min(chunk, length)
+    padding = -(-length // chunk) * chunk - length
     step = step_size(delta, delta_bias, delta_softplus)
     drive = x.astype(jnp.float32) * step[..., None]
     log_decay = step * A.astype(jnp.float32)[None, None]

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vmamba_jax.models.backbone import VSSMBackbone
 from vmamba_jax.models.layers import BatchNorm, Dropout, dtypes_of
 from vmamba_jax.segmentation.config import UPerNetConfig
-from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, ResampledMap
+from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, ResampledMap, Size
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al., 2015
 # Interpolation and means are products of matrices, which no accelerator may round.
@@ -234,7 +233,7 @@ def _classify_pixels(
     )(x)
 
 
-def resize(x: FeatureMap, size: Sequence[int]) -> ResampledMap:
+def resize(x: FeatureMap, size: Sequence[Size]) -> ResampledMap:
     """Resamples a map bilinearly as PyTorch's ``interpolate`` does.
 
     Half-pixel centres, edges repeated, no antialiasing.
@@ -289,11 +288,12 @@ def adaptive_average(x: FeatureMap, side: int) -> ResampledMap:
         side: height and width of the result, in bins.
     """
 
-    def bins(length: int) -> np.ndarray:
-        i, position = np.arange(side)[:, None], np.arange(length)
+    def bins(length: Size) -> Float[Array, "side length"]:
+        # Of JAX's numbers, since the length of a map of any size is one only when it is run.
+        i, position = jnp.arange(side)[:, None], jnp.arange(length)[None]
         first, end = i * length // side, -(-(i + 1) * length // side)
-        inside = (first <= position) & (position < end)
-        return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
+        inside = ((first <= position) & (position < end)).astype(jnp.float32)
+        return inside / inside.sum(axis=1, keepdims=True)
 
     rows, columns = bins(x.shape[1]), bins(x.shape[2])
     x = x.astype(jnp.float32)
