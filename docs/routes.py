@@ -34,7 +34,8 @@ def svg() -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" font-family="sans-serif" font-size="12">',
         '<defs><marker id="end" viewBox="0 0 8 8" refX="5" refY="4" markerWidth="6" '
-        'markerHeight="6" orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="#3367d6"/></marker></defs>',
+        'markerHeight="6" orient="auto"><path d="M0 0 L8 4 L0 8 z" fill="#3367d6"/></marker>'
+        "</defs>",
     ]
     for row, (order, used_by) in enumerate(ORDERS.items()):
         top = row * _ROW
