@@ -82,7 +82,8 @@ if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     if command == "train":
         register_model("tiny", CONFIG)
-        sys.exit(main(["--model.name=tiny", *arguments]))
+        sys.argv[1:] = ["--model.name=tiny", *arguments]
+        sys.exit(main())
     address, index, steps = arguments
     jax.distributed.initialize(address, num_processes=2, process_id=int(index))
     print(*train_steps(make_mesh(MeshConfig(4, 2)), int(steps))[1])
