@@ -2,14 +2,24 @@
 
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vmamba_jax.data import DataError, Sample, open_source, register_source, train_iterator
+from vmamba_jax.data import (
+    DataError,
+    ImageSource,
+    Sample,
+    open_source,
+    register_source,
+    train_iterator,
+)
 from vmamba_jax.data import workers as workers_module
 from vmamba_jax.data.augment import normalize
 from vmamba_jax.data.bands import Picture
@@ -72,8 +82,19 @@ def test_a_source_of_ones_own_is_opened_by_its_name():
         open_source("tfds", "data", "train")
 
 
+def test_the_guide_s_source_reads_what_its_table_lists(tmp_path: Path):
+    guide = Path(__file__).parents[1] / "docs" / "guides" / "training.md"
+    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    exec(compile(code, str(guide), "exec"), {"__name__": "train_table"})
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    (tmp_path / "train.csv").write_text("a.png,dog\na.png,cat\n")
+    source = open_source("table", tmp_path, "train")
+    assert [source[i]["label"] for i in range(len(source))] == [1, 0]
+    assert isinstance(source, ImageSource)
+
+
 def test_workers_leave_signals_to_their_parent():
-    options = {"batch_size": 4, "seed": 0}
+    options: dict[str, Any] = {"batch_size": 4, "seed": 0}
     alone = train_iterator(Squares(), to_array, **options)
     shared = train_iterator(Squares(), to_array, worker_count=1, **options)
     try:

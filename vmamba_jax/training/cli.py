@@ -6,6 +6,7 @@ It is train.py, and ``vmamba-jax train``.
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -80,7 +81,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
             return _run(command, words, prog, stop)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
+            _leave_others(130)
             return 130
+
+
+def _leave_others(status: int) -> None:
+    """Ends a failed process of several at once, and so has the others hear of it.
+
+    At its usual end JAX would wait for the others, which wait for this one.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _run(command: str, arguments: list[str], prog: str, stop: StopRequest) -> int:
@@ -104,6 +117,7 @@ def _run(command: str, arguments: list[str], prog: str, stop: StopRequest) -> in
                 result = train(config, console, stop)
     except (ValueError, OSError, RunError, NotFiniteError, TopologyError) as error:
         print(f"error: {told(error)}", file=sys.stderr)
+        _leave_others(1)
         return 1
     if result is not None and jax.process_index() == 0:
         print(result.headline())

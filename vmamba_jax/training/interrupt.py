@@ -76,10 +76,12 @@ class StopRequest:
         Raises:
             StoppedError: instead of the next item.
         """
+        self._every = 1  # they take another time than what was before, and what comes after
         for item in items:
             if self.reached():
                 raise StoppedError
             yield item
+        self._every = 1
 
     def _agree(self) -> bool:
         self._steps += 1
@@ -90,7 +92,7 @@ class StopRequest:
         mine = np.array([heard, min(1 + milliseconds, 1e6)], np.int32)
         number, pace = map(int, np.max(multihost_utils.process_allgather(mine), axis=0))
         # The same in every process, as all that it is made of was agreed on.
-        self._every = min(max(int(1000 * _PACE / pace), 1), _MOST_STEPS)
+        self._every = min(max(int(1000 * _PACE / pace), 1), 2 * self._every, _MOST_STEPS)
         self._steps, self._since = 0, time.perf_counter()
         if number:
             self.name = signal.Signals(number).name

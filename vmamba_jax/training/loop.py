@@ -15,6 +15,7 @@ from vmamba_jax.training.classification import classification_task
 from vmamba_jax.training.config import RunConfig, to_json
 from vmamba_jax.training.evaluate import Result
 from vmamba_jax.training.interrupt import StoppedError, StopRequest
+from vmamba_jax.training.metrics import is_evaluated
 from vmamba_jax.training.report import Report
 from vmamba_jax.training.segmentation import segmentation_task
 from vmamba_jax.training.segmentation_config import AnyRun, SegmentationConfig
@@ -127,8 +128,9 @@ def _train(config: AnyRun, console: Console, stop: StopRequest) -> Result:
             return found
 
         result = None
-        # An evaluation that was cut short is made up for.
-        missing = start > 0 and due(start) and not checkpoints.metrics(start)
+        # An evaluation that was cut short, or of which there is no record, is made up for.
+        kept = checkpoints.metrics(start) and is_evaluated(config.run, start)
+        missing = start > 0 and due(start) and not kept
         if start < total or missing:
             with Report(
                 config,
