@@ -12,7 +12,7 @@ and beside it what a run goes on from:
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ class Checkpoints:
             if error is None:
                 raise
         finally:
-            self._manager.close()
+            with suppress(Exception):  # it raises again what a save has raised
+                self._manager.close()
             self._quiet.close()
 
     @property
