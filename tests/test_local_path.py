@@ -1,6 +1,7 @@
 """A bucket's address is refused in one line, before anything is written."""
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     yield
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., object]]:
+    """Runs vmamba-jax and gives its exit status."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments: str) -> object:
+        monkeypatch.setattr("sys.argv", ["vmamba-jax", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            vmamba_jax()
+        return ended.value.code
+
+    yield run
+    for number, handler in handlers.items():  # training listens to the end of its process
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -57,16 +74,27 @@ def test_training_refuses_a_bucket(arguments: list[str], capfd: pytest.CaptureFi
     ],
 )
 def test_every_command_refuses_a_bucket(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    arguments: list[str], command: Callable[..., object], capfd: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("sys.argv", ["vmamba-jax", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        vmamba_jax()
-    assert ended.value.code == 1
+    assert command(*arguments) == 1
     error = capfd.readouterr().err
     assert error.startswith("error: ")
     assert "mount the bucket" in error
     assert len(error.splitlines()) == 1
+
+
+def test_vmamba_jax_train_is_train_py(
+    command: Callable[..., object], capfd: pytest.CaptureFixture[str]
+):
+    assert command("--help") == 0
+    assert "train" in capfd.readouterr().out
+    assert command("train", "--help") == 0
+    text = capfd.readouterr().out
+    assert "vmamba-jax train [COMMAND] [PRESET] [OPTIONS]" in text
+    assert "imagenet-tiny" in text
+    assert "train.py" not in text
+    assert command("train", "imagenet-tyni") == 1
+    assert "Did you mean 'imagenet-tiny'" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
