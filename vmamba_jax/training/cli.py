@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -119,6 +120,11 @@ def _run(command: str, arguments: list[str], prog: str, stop: StopRequest) -> in
         print(f"error: {told(error)}", file=sys.stderr)
         _leave_others(1)
         return 1
+    except Exception:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            _leave_others(1)
+        raise
     if result is not None and jax.process_index() == 0:
         print(result.headline())
     return 0

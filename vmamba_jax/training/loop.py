@@ -6,6 +6,7 @@ from contextlib import closing
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -131,6 +132,8 @@ def _train(config: AnyRun, console: Console, stop: StopRequest) -> Result:
         # An evaluation that was cut short, or of which there is no record, is made up for.
         kept = checkpoints.metrics(start) and is_evaluated(config.run, start)
         missing = start > 0 and due(start) and not kept
+        if jax.process_count() > 1:  # by what the first one sees of the disk
+            missing = bool(multihost_utils.broadcast_one_to_all(np.int32(missing)))
         if start < total or missing:
             with Report(
                 config,
