@@ -150,7 +150,7 @@ def _parse(command: str, arguments: list[str], prog: str) -> AnyRun:
         kind,
         args=options,
         default=default,
-        prog=f"{prog} {command} {preset}",
+        prog=f"{prog.removesuffix(f' {command}')} {command} {preset}",
         description=_DESCRIPTION.format(prog=prog),
     )
 
