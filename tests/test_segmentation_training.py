@@ -1,6 +1,7 @@
 """A segmenter is trained: recipe, loss, BatchNorm over a mesh, exact resume, start, evaluation."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from functools import partial
@@ -258,9 +259,10 @@ def test_a_run_lowers_the_loss_and_leaves_metrics_a_picture_and_the_best_checkpo
 def test_an_interrupted_run_resumes_bit_for_bit(
     finished: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = itertools.count()
     with monkeypatch.context() as patched:
-        patched.setattr(StopRequest, "reached", lambda self, step: step == 3)
-        patched.setattr(StopRequest, "name", "SIGTERM", raising=False)
+        # Twice before the first update, and after each.
+        patched.setattr(StopRequest, "reached", lambda self: next(asked) == 4)
         assert main(["segment", *options(folder, tmp_path)]) == 0
     assert [row["step"] for row in read_rows(tmp_path) if "loss" in row] == [1, 2, 3]
     assert main(["segment", *options(folder, tmp_path)]) == 0

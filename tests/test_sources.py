@@ -16,6 +16,9 @@ from vmamba_jax.data import DataError, check_same_classes, open_source
 from vmamba_jax.data.array_record import _example_type
 from vmamba_jax.data.decode import decode_image
 from vmamba_jax.data.errors import DamagedRecordError
+from vmamba_jax.data.image_folder import ImageFolder
+from vmamba_jax.training.config import DataConfig
+from vmamba_jax.training.setup import open_sources
 
 KINDS = ("image_folder", "array_record", "parquet", "saved_to_disk")
 CLASSES = ("cat", "dog", "eel")
@@ -176,7 +179,7 @@ def test_pixels_of_more_than_16_bits_are_refused_rather_than_clipped(dtype):
 
 
 def test_only_image_decoders_are_reached():
-    with pytest.raises(DamagedRecordError, match="cannot identify"):
+    with pytest.raises(DamagedRecordError, match="PostScript can't be read here"):
         decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "x.jpg")
 
 
@@ -306,6 +309,56 @@ def test_splits_with_different_classes_do_not_go_together(tmp_path: Path):
     with pytest.raises(DataError, match=r"only in training: eel; only in validation: emu, fox"):
         check_same_classes(train, val)
     check_same_classes(train, train)
+
+
+def test_a_class_without_held_out_images_is_no_error(tmp_path: Path):
+    write_folder(tmp_path, "train")
+    write_folder(tmp_path, "val", classes=("cat", "dog"), count=4)
+    train = open_source("image_folder", tmp_path, "train")
+    for eel in (tmp_path / "val" / "eel", None):
+        if eel is not None:
+            eel.mkdir()  # empty, and in the second round it is not there
+        val = open_source("image_folder", tmp_path, "val", classes=train.class_names)
+        check_same_classes(train, val)
+        assert isinstance(val, ImageFolder)
+        assert val.empty_classes == ["eel"]
+        assert [val[i]["label"] for i in range(4)] == [0, 0, 1, 1]
+        if eel is not None:
+            eel.rmdir()
+    (tmp_path / "val" / "emu").mkdir()
+    photo(1).save(tmp_path / "val" / "emu" / "1.png")
+    val = open_source("image_folder", tmp_path, "val", classes=train.class_names)
+    with pytest.raises(DataError, match="only in validation: emu"):
+        check_same_classes(train, val)
+
+
+def test_numbered_classes_may_be_missing_among_the_held_out_rows(tmp_path: Path):
+    root = tmp_path / "data"
+    root.mkdir()
+    for split, labels in (("train", (0, 1, 2)), ("validation", (0, 1))):
+        data = rows([(encoded(photo(i)), label) for i, label in enumerate(labels)])
+        data.cast_column("label", datasets.Value("int64")).to_parquet(root / f"{split}.parquet")
+    train = open_source("huggingface", root, "train")
+    val = open_source("huggingface", root, "validation", classes=train.class_names)
+    check_same_classes(train, val)
+
+
+def test_single_data_sets_of_save_to_disk_are_read(tmp_path: Path):
+    records = [(encoded(photo(i)), i % 3) for i in range(6)]
+    for split in ("train", "val"):
+        rows(records).save_to_disk(tmp_path / "splits" / split)
+        assert len(open_source("huggingface", tmp_path / "splits", split)) == 6
+    rows(records).save_to_disk(tmp_path / "one")
+    assert open_source("huggingface", tmp_path / "one", "train")[4]["label"] == 1
+    with pytest.raises(DataError, match=r"one data set, and would be both splits.*one/val"):
+        open_sources(DataConfig(kind="huggingface", root=tmp_path / "one"))
+    data = rows(records)
+    named = datasets.Dataset.from_dict(
+        data.to_dict(), features=data.features, split=datasets.Split.TRAIN
+    )
+    named.save_to_disk(tmp_path / "named")
+    with pytest.raises(DataError, match=r"holds the split train alone.*named/val"):
+        open_source("huggingface", tmp_path / "named", "val")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
 """Every mesh, and several processes, train the same model as one device does."""
 
-import os
-import socket
-import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 
 import jax
 import numpy as np
+import processes
 import pytest
-from tiny import train_steps
+from tiny import CONFIG, RANDOM, train_steps
 
+from vmamba_jax.checkpoint import Checkpoints
+from vmamba_jax.config import VMambaConfig
 from vmamba_jax.training.sharding import (
     MeshConfig,
     check_batch_size,
@@ -19,26 +19,29 @@ from vmamba_jax.training.sharding import (
 )
 
 _STEPS = 10
+_BATCH_NORM = RANDOM.replace(norm_layer="bn")
 
 
-@pytest.fixture(scope="module")
-def one_device() -> list[float]:
-    return train_steps(make_mesh(MeshConfig(), jax.devices()[:1]), _STEPS)[1]
+@cache
+def one_device(config: VMambaConfig = RANDOM) -> list[float]:
+    """The losses of one device, some further than is compared at once."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return train_steps(mesh, _STEPS + 2, config=config)[1]
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp"),
+    ("data", "fsdp", "config"),
     [
-        (4, 2),
-        pytest.param(8, 1, marks=pytest.mark.exhaustive),
-        pytest.param(1, 8, marks=pytest.mark.exhaustive),
+        (4, 2, _BATCH_NORM),
+        pytest.param(8, 1, RANDOM, marks=pytest.mark.exhaustive),
+        pytest.param(1, 8, RANDOM, marks=pytest.mark.exhaustive),
     ],
 )
 def test_every_mesh_has_the_losses_of_one_device(
-    data: int, fsdp: int, one_device: list[float]
+    data: int, fsdp: int, config: VMambaConfig
 ) -> None:
-    state, losses = train_steps(make_mesh(MeshConfig(data, fsdp)), _STEPS)
-    np.testing.assert_allclose(losses, one_device, rtol=1e-5)
+    state, losses = train_steps(make_mesh(MeshConfig(data, fsdp)), _STEPS, config=config)
+    np.testing.assert_allclose(losses, one_device(config)[:_STEPS], rtol=1e-5)
     split = [
         leaf
         for tree in (state.variables, state.ema, state.opt_state)
@@ -53,38 +56,43 @@ def test_every_mesh_has_the_losses_of_one_device(
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    whole = train_steps(mesh, 3, mixing=False)[1]
-    parts = train_steps(mesh, 3, mixing=False, accumulation_steps=2)[1]
+    # What is random, or normalised over a batch, is another one in a batch that comes in parts.
+    whole = train_steps(mesh, 3, config=CONFIG, mixing=False)[1]
+    parts = train_steps(mesh, 3, config=CONFIG, mixing=False, accumulation_steps=2)[1]
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
-def test_two_processes_have_the_losses_of_one_device(
-    one_device: list[float], tmp_path: Path
-) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=4"),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tiny", "pair", f"127.0.0.1:{port}", str(index), str(_STEPS)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    for output, _ in outputs:
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A checkpoint of two processes of two devices each, and what they printed."""
+    folder = tmp_path_factory.mktemp("pair")
+    address = processes.free_address()
+    environment = processes.environment(2, JAX_ENABLE_COMPILATION_CACHE="false")
+    outputs = processes.finish(
+        [
+            processes.start(
+                *("pair", address, str(index), str(_STEPS), str(folder)), environment=environment
+            )
+            for index in range(2)
+        ]
+    )
+    return folder, outputs
+
+
+def test_two_processes_have_the_losses_of_one_device(pair: tuple[Path, list[str]]) -> None:
+    for output in pair[1]:
         losses = [float(word) for word in output.splitlines()[-1].split()]
-        np.testing.assert_allclose(losses, one_device, rtol=1e-5)
+        np.testing.assert_allclose(losses, one_device()[:_STEPS], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (2, 2)])
+def test_what_two_processes_saved_goes_on_on_other_devices(
+    data: int, fsdp: int, pair: tuple[Path, list[str]]
+) -> None:
+    mesh = make_mesh(MeshConfig(data, fsdp), jax.devices()[: data * fsdp])
+    with Checkpoints(pair[0], read_only=True) as checkpoints:
+        _, losses = train_steps(mesh, 2, restore=checkpoints)
+    np.testing.assert_allclose(losses, one_device()[_STEPS:], rtol=1e-5)
 
 
 def test_a_mesh_must_use_every_device() -> None:

@@ -12,7 +12,7 @@ and beside it what a run goes on from:
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from vmamba_jax.convert.artifact import only_news, weights_handler
 from vmamba_jax.errors import CheckpointError
+from vmamba_jax.local_path import local_path
 from vmamba_jax.run_folder import best_step, complete_steps, read_metrics, write_metrics
 
 PyTree = Any
@@ -41,7 +42,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | str, *, keep: int = 3, read_only: bool = False) -> None:
-        self.folder = Path(folder).absolute()
+        self.folder = local_path(folder).absolute()
         self._quiet = ExitStack()
         handlers: dict[str, Any] = {name: weights_handler() for name in _WEIGHTS}
         handlers["training"] = ocp.StandardCheckpointHandler()
@@ -76,7 +77,8 @@ class Checkpoints:
             if error is None:
                 raise
         finally:
-            self._manager.close()
+            with suppress(Exception):  # it raises again what a save has raised
+                self._manager.close()
             self._quiet.close()
 
     @property

@@ -28,6 +28,7 @@ from vmamba_jax.detection.cli import detect_objects, evaluate_coco
 from vmamba_jax.errors import told
 from vmamba_jax.export.cli import export_checkpoint
 from vmamba_jax.imagenet import imagenet_classes
+from vmamba_jax.local_path import check_arguments
 from vmamba_jax.models import VSSM
 from vmamba_jax.predict import Result, as_json, draw, find_images, predict
 from vmamba_jax.preprocessing import Preprocessing, imagenet_preprocessing
@@ -46,9 +47,13 @@ _err = Console(stderr=True)
 
 def main() -> None:
     """Runs a sub-command; a fault that the user can mend ends in one line and status 1."""
+    if sys.argv[1:2] == ["train"]:  # its options depend on its preset
+        sys.exit(train())
     try:
+        check_arguments(sys.argv[1:])
         status = tyro.extras.subcommand_cli_from_dict(
             {
+                "train": train,
                 "convert": convert,
                 "predict": classify,
                 "segment": segment_images,
@@ -60,7 +65,8 @@ def main() -> None:
                 "summary": summary,
             },
             prog="vmamba-jax",
-            description="VMamba in JAX: convert and export; classify, segment, detect, analyze.",
+            description="VMamba in JAX: train; convert and export; classify, segment, detect, "
+            "analyze.",
         )
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         _err.print(f"[red]error:[/red] {_escape(told(error))}", soft_wrap=True, highlight=False)
@@ -69,6 +75,14 @@ def main() -> None:
         _err.print("interrupted")
         status = 130
     sys.exit(status)
+
+
+def train() -> int:
+    """Trains, evaluates and times; `vmamba-jax train --help` lists presets and options."""
+    from vmamba_jax.training.cli import main as run  # noqa: PLC0415 (slow, and of no other command)
+
+    del sys.argv[1]
+    return run(prog="vmamba-jax train")
 
 
 def convert(

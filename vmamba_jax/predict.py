@@ -10,9 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vmamba_jax.data.augment import EvalTransform
 from vmamba_jax.data.bands import Bands
-from vmamba_jax.data.decode import decode_image
+from vmamba_jax.data.decode import EXTENSIONS, decode_image
 from vmamba_jax.data.errors import DamagedRecordError
-from vmamba_jax.data.image_folder import EXTENSIONS
 from vmamba_jax.models import VSSM
 from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.typing import Variables

@@ -23,6 +23,7 @@ from vmamba_jax.analysis.figures import (
 from vmamba_jax.analysis.files import ImageFiles
 from vmamba_jax.analysis.resolution import Resolution, resolution_sweep
 from vmamba_jax.data.augment import normalize
+from vmamba_jax.local_path import local_path
 from vmamba_jax.models import VSSM
 from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.training.interrupt import StopRequest
@@ -39,7 +40,7 @@ class ResultFolder:
     """
 
     def __init__(self, path: Path, suffix: str, console: Console) -> None:
-        self._path, self._suffix, self._console = path, suffix, console
+        self._path, self._suffix, self._console = local_path(path), suffix, console
 
     def write(self, name: str, figure: Any, arrays: dict[str, Any]) -> None:
         """A figure and the arrays behind it."""

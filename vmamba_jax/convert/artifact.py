@@ -29,6 +29,7 @@ from vmamba_jax.convert.tasks import (
     task_of,
 )
 from vmamba_jax.errors import CheckpointError
+from vmamba_jax.local_path import local_path
 from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.registry import model_config
 from vmamba_jax.run_folder import choose_step, complete_steps, describe_step
@@ -93,7 +94,7 @@ def save_model(
         CheckpointError: if something is at `path` already.
         OSError: if it can't be written.
     """
-    path = Path(path).absolute()
+    path = local_path(path).absolute()
     if path.exists():
         raise CheckpointError(f"{path}: exists already; choose another name or delete it")
     about = describe_model(config, provenance, class_names, preprocessing)
@@ -124,7 +125,7 @@ def load_model(
     Raises:
         CheckpointError: not such a folder, incomplete, or damaged.
     """
-    path = Path(path).absolute()
+    path = local_path(path).absolute()
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     if is_run(path):

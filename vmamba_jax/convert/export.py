@@ -8,6 +8,7 @@ import numpy as np
 import safetensors.numpy
 
 from vmamba_jax.errors import CheckpointError
+from vmamba_jax.local_path import local_path
 
 
 def save_safetensors(path: Path, state_dict: dict[str, np.ndarray]) -> None:
@@ -67,7 +68,7 @@ def save_torch(path: Path, state_dict: dict[str, np.ndarray]) -> None:
 
 
 def _part_of(path: Path) -> Path:
-    if path.exists():
+    if local_path(path).exists():
         raise CheckpointError(f"{path}: exists already; choose another name or delete it")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -15,6 +15,7 @@ from vmamba_jax.convert.naming import hugging_face_name
 from vmamba_jax.convert.opaque import Opaque
 from vmamba_jax.convert.safetensors_file import load_safetensors
 from vmamba_jax.errors import CheckpointError
+from vmamba_jax.local_path import local_path
 
 _CONFIG, _FILE, _INDEX = "config.json", "model.safetensors", ".index.json"
 _MAX_JSON_BYTES = 1 << 23
@@ -93,7 +94,7 @@ def save_port(
         CheckpointError: `path` exists, or the port has no such architecture.
         OSError: it can't be written.
     """
-    if path.exists():
+    if local_path(path).exists():
         raise CheckpointError(f"{path}: exists already; choose another name or delete it")
     variant = parse_forward_type(config.forward_type)
     faults = {

@@ -46,6 +46,7 @@ from vmamba_jax.convert.source import (
 from vmamba_jax.convert.tasks import task_of
 from vmamba_jax.detection.config import MaskRCNNConfig
 from vmamba_jax.errors import CheckpointError
+from vmamba_jax.local_path import local_path
 from vmamba_jax.segmentation.config import UPerNetConfig
 from vmamba_jax.typing import Variables
 
@@ -207,7 +208,7 @@ def _locate(source: Literal[True] | str | os.PathLike[str], name: str | None) ->
     if source in RELEASES and not Path(source).exists():
         source = RELEASES[source].url
     is_url = source.startswith(("http://", "https://"))
-    return cached_model(source) if is_url else Path(source)
+    return cached_model(source) if is_url else local_path(source)
 
 
 def fit_weights(

@@ -32,6 +32,7 @@ from vmamba_jax.convert.tasks import ImageSteps, NetworkConfig, task_of
 from vmamba_jax.convert.torch_file import SHARDS, load_torch_file
 from vmamba_jax.convert.vmamba import BACKBONE, backbone_of
 from vmamba_jax.errors import CheckpointError
+from vmamba_jax.local_path import local_path
 from vmamba_jax.preprocessing import Preprocessing, for_channels
 from vmamba_jax.typing import Variables
 
@@ -100,7 +101,7 @@ def read_weights(
         CheckpointError: naming the file and what is wrong with it.
         OSError: if the file can't be opened.
     """
-    path = Path(path)
+    path = local_path(path)
     with _naming(path):
         read = _read(path, weights, entry, prefix, step)
         return adapt_weights(read, num_classes, image_size, in_chans, seed)
@@ -201,7 +202,7 @@ def read_backbone(
         CheckpointError: naming the file and what is wrong with it.
         OSError: if the file can't be opened.
     """
-    path = Path(path)
+    path = local_path(path)
     with _naming(path):
         read = vmamba_of(_read(path, weights, entry, prefix, step))
         config = read.config.replace(num_classes=0, posembed=False)

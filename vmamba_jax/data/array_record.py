@@ -11,6 +11,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from vmamba_jax.data.decode import Sample, decode_image
 from vmamba_jax.data.errors import DamagedRecordError, DataError
+from vmamba_jax.local_path import local_path
 
 
 class ArrayRecord:
@@ -33,7 +34,7 @@ class ArrayRecord:
 
     def __init__(self, root: str | Path, split: str, channels: int = 3):
         self._channels = channels
-        root = Path(root)
+        root = local_path(root)
         files = [str(path) for path in _shards(root, split)]
         self.class_names: Sequence[str] = _class_names(root)
         self._name = f"{root} ({split})"

@@ -7,13 +7,36 @@ from pathlib import Path
 from typing import Protocol, TypedDict, runtime_checkable
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from vmamba_jax.data.bands import Bands, Picture, is_array, is_tiff, read_array, read_tiff
 from vmamba_jax.data.errors import DamagedRecordError, DataError
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"),
+    *(".gif", ".jp2", ".avif", ".npy"),
+)
+"""What the names of image files end in, wherever folders of images are taken."""
+_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF"),
+    *(["JPEG2000"] if "jpg_2000" in features.get_supported() else []),
+    *(["AVIF"] if "avif" in features.get_supported() else []),
+)
 """The only Pillow decoders that a data set may reach, whatever its files claim to be."""
+_NAMED = {
+    "AVIF": (b"ftypavif", b"ftypavis"),
+    "JPEG 2000": (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"),
+    "HEIC": (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"),
+    "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL "),
+    "PostScript": (b"%!PS",),
+    "PDF": (b"%PDF",),
+    "Photoshop": (b"8BPS",),
+    "HTML": (b"<!doctype html", b"<html"),
+    "Git LFS": (b"version https://git-lfs",),
+}
+"""What else is met among images, by the beginning of the file; of MPEG-4's kin after four bytes."""
+
+_HEAD = 32  # bytes that tell what a file is
 
 
 class Sample(TypedDict):
@@ -25,9 +48,12 @@ class Sample(TypedDict):
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """A random-access collection of labelled images; must survive pickling to worker processes.
+    """A random-access collection of labelled images: two methods, and the names of the classes.
 
-    ``source[i]`` raises :class:`DamagedRecordError` for a record that can't be read.
+    It must survive pickling to worker processes. ``source[i]`` gives the image as an RGB Pillow
+    image (:func:`decode_image` makes one, or `Bands` of more channels) and its class as an index
+    into ``class_names``; it raises :class:`DamagedRecordError` for a record that can't be read,
+    which is then replaced or left out. Any other exception ends the run.
     """
 
     @property
@@ -86,7 +112,8 @@ def decode_image(data: bytes | Path, path: str, channels: int = 3) -> Picture:
 
     Returns:
       The image, its pixels in memory: RGB for three channels of bytes, else `Bands`. Of a grey
-      image of 16 bits the upper 8 make an RGB image, and all 16 one channel.
+      image of 16 bits the upper 8 make an RGB image, and all 16 one channel. Of an animation it is
+      the first frame.
 
     Raises:
       DamagedRecordError: the file is missing, is cut, is no image, has other channels, or claims
@@ -102,7 +129,7 @@ def decode_image(data: bytes | Path, path: str, channels: int = 3) -> Picture:
                 return _bands(read_array(data), channels)
             if is_tiff(head):
                 return _bands(read_tiff(data), channels)
-            raise error.__cause__ or ValueError(str(error)) from None
+            raise ValueError(str(error)) from None
 
 
 def decode_rgb(data: bytes | Path, path: str) -> Image.Image:
@@ -167,8 +194,7 @@ def _damage(path: str) -> Iterator[None]:
 @contextmanager
 def _opened(data: bytes | Path, path: str) -> Iterator[Image.Image]:
     """An image of a format that Pillow knows."""
-    stream = io.BytesIO(data) if isinstance(data, bytes) else data
-    with _damage(path), Image.open(stream, formats=_FORMATS) as image:
+    with _damage(path), _open(data) as image:
         yield image
 
 
@@ -176,13 +202,25 @@ class _NotForPillowError(ValueError):
     """An image that Pillow can't read, or not as what it is."""
 
 
-def _by_pillow(data: bytes | Path, channels: int) -> Picture:
+def _open(data: bytes | Path) -> Image.Image:
     stream = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        image = Image.open(stream, formats=_FORMATS)
-    except UnidentifiedImageError as error:
-        raise _NotForPillowError(str(error)) from error
-    with image:
+        return Image.open(stream, formats=_FORMATS)
+    except UnidentifiedImageError:
+        raise _NotForPillowError(_unknown(_head(data))) from None
+
+
+def _unknown(head: bytes) -> str:
+    """What to say of a file that no decoder takes."""
+    start = head.lower()
+    for name, marks in _NAMED.items():
+        if any(start.startswith(mark.lower()) or start[4:].startswith(mark) for mark in marks):
+            return f"{name} can't be read here: convert it to JPEG or PNG"
+    return f"not a readable image of a format that is known ({', '.join(_FORMATS)}, NumPy)"
+
+
+def _by_pillow(data: bytes | Path, channels: int) -> Picture:
+    with _open(data) as image:
         if channels not in (1, 3):
             if len(image.getbands()) != channels:
                 raise _NotForPillowError(
@@ -209,9 +247,9 @@ def _by_pillow(data: bytes | Path, channels: int) -> Picture:
 
 def _head(data: bytes | Path) -> bytes:
     if isinstance(data, bytes):
-        return data[:8]
+        return data[:_HEAD]
     with data.open("rb") as file:
-        return file.read(8)
+        return file.read(_HEAD)
 
 
 def _bands(pixels: np.ndarray, channels: int) -> Picture:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vmamba_jax.data.decode import Sample, decode_image
+from vmamba_jax.data.decode import EXTENSIONS, Sample, decode_image
 from vmamba_jax.data.errors import DataError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".npy")
+from vmamba_jax.local_path import local_path
 
 
 class ImageFolder:
@@ -22,20 +21,44 @@ class ImageFolder:
       root: the data set's folder.
       split: its sub-folder, such as ``"train"`` or ``"val"``.
       channels: of the images, see `decode_image`.
+      classes: the classes, in order, where the training images or a model say them: each may then
+        be without images or a folder here. Folders of other classes are numbered as above.
+
+    Attributes:
+      class_names: the classes, in the order of the labels.
+      empty_classes: those of them that have no image.
 
     Raises:
       DataError: a folder is missing, holds no image, or holds fewer than two classes.
     """
 
-    def __init__(self, root: str | Path, split: str, channels: int = 3):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        channels: int = 3,
+        classes: Sequence[str] | None = None,
+    ):
         self._channels = channels
-        self._folder = Path(root) / split
-        self.class_names: Sequence[str] = _class_folders(Path(root), split)
+        root = local_path(root)
+        self._folder = root / split
+        folders = _class_folders(root, split)
+        given = classes is not None and set(folders) <= set(classes)
+        if len(folders) == 1 and not given:
+            raise DataError(
+                f"{self._folder} has one class, {folders[0]!r}: a classifier needs at least two "
+                "class folders."
+            )
+        self.class_names: Sequence[str] = list(classes) if given and classes else folders
         paths, labels = [], []
         for label, name in enumerate(self.class_names):
-            found = _image_files(self._folder / name)
+            found = _image_files(self._folder / name, may_be_empty=given)
             paths += [os.fsencode(path) for path in found]
             labels += [label] * len(found)
+        if not labels:
+            raise DataError(f"{self._folder} has no image.")
+        filled = set(labels)
+        self.empty_classes = [n for i, n in enumerate(self.class_names) if i not in filled]
         # Arrays, not lists: a tenth of the memory, and pickled to worker processes at once.
         self._paths = np.array(paths)
         self._labels = np.array(labels, np.int32)
@@ -67,14 +90,10 @@ def _class_folders(root: Path, split: str) -> list[str]:
             f"{folder} has no class folders ({loose} images lie in it directly): move each image "
             f"into a folder named after its class, {folder}/<class>/<image>."
         )
-    if len(names) == 1:
-        raise DataError(
-            f"{folder} has one class, {names[0]!r}: a classifier needs at least two class folders."
-        )
     return names
 
 
-def _image_files(folder: Path) -> list[str]:
+def _image_files(folder: Path, *, may_be_empty: bool) -> list[str]:
     """Sorted paths of the images below a class folder, relative to the split's folder."""
     images, others = [], Counter[str]()
     for parent, folders, files in os.walk(folder):
@@ -85,7 +104,7 @@ def _image_files(folder: Path) -> list[str]:
                 images.append(f"{inside}/{name}")
             elif not name.startswith("."):
                 others[Path(name).suffix or "no extension"] += 1
-    if not images:
+    if not images and (others or not may_be_empty):
         found = _listing([f"{n} x {suffix}" for suffix, n in others.most_common(5)], "no file")
         raise DataError(
             f"Class folder {folder} has no image: found {found}, but images end in "

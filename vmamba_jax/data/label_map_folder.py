@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vmamba_jax.data.decode import (
+    EXTENSIONS,
     IGNORED,
     LabelMapSample,
     decode_label_map,
@@ -18,7 +19,7 @@ from vmamba_jax.data.decode import (
     image_size,
 )
 from vmamba_jax.data.errors import DamagedRecordError, DataError
-from vmamba_jax.data.image_folder import EXTENSIONS
+from vmamba_jax.local_path import local_path
 
 _ADE20K_LIST = "objectInfo150.txt"
 _NAMES = "classes.txt"
@@ -52,7 +53,7 @@ class LabelMapFolder:
         num_classes: int | None = None,
         reduce_zero_label: bool | None = None,
     ):
-        root = Path(root)
+        root = local_path(root)
         self._images, self._labels = root / "images" / split, root / "annotations" / split
         _check_folders(root, split)
         if reduce_zero_label is None:

@@ -29,6 +29,7 @@ from vmamba_jax.data.augment import Transform
 from vmamba_jax.data.decode import ImageSource, LabelMapSample, LabelMapSource, Sample
 from vmamba_jax.data.errors import DamagedRecordError, DataError
 from vmamba_jax.data.segmentation import LabelMapTransform
+from vmamba_jax.data.workers import follow_parent, portable
 
 Batch = dict[str, np.ndarray]
 """``image`` float32 ``(B, H, W, C)``, ``label`` int32 ``(B,)``; in evaluation bool ``mask``.
@@ -224,7 +225,10 @@ def _prefetch(dataset: "grain.MapDataset[Any]", worker_count: int) -> "grain.Ite
         flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which only absl's main sets
     return dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    ).mp_prefetch(grain.MultiprocessingOptions(num_workers=worker_count, per_worker_buffer_size=2))
+    ).mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=worker_count, per_worker_buffer_size=2),
+        worker_init_fn=follow_parent,
+    )
 
 
 class _Load:
@@ -241,6 +245,15 @@ class _Load:
         self._fatal = fatal
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        try:
+            return self._load(index, rng)
+        except (Exception, SystemExit) as error:
+            whole = portable(error)
+            if whole is error:
+                raise
+            raise whole from error
+
+    def _load(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         sample, damaged = self._read(index)
         image, label = sample["image"], sample["label"]
         if isinstance(label, Image.Image):  # it is cut and turned with its image

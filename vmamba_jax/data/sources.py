@@ -1,8 +1,7 @@
 """The data sets that can be opened by name, and the check that two splits belong together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from vmamba_jax.data.array_record import ArrayRecord
 from vmamba_jax.data.decode import ImageSource, Sample
@@ -12,7 +11,6 @@ from vmamba_jax.data.huggingface import HuggingFace
 from vmamba_jax.data.image_folder import ImageFolder
 
 __all__ = [
-    "SOURCES",
     "ArrayRecord",
     "DamagedRecordError",
     "DataError",
@@ -23,33 +21,63 @@ __all__ = [
     "Sample",
     "check_same_classes",
     "open_source",
+    "register_source",
 ]
 
-SOURCES: MappingProxyType[str, Callable[[str | Path, str, int], ImageSource]] = MappingProxyType(
-    {
-        "image_folder": ImageFolder,
-        "array_record": ArrayRecord,
-        "huggingface": HuggingFace,
-        "digits": lambda _, split, channels: Digits(split, channels),
-    }
-)
+Opener = Callable[[str, str, int], ImageSource]
+"""(root, split, channels) -> the source."""
+
+_openers: dict[str, Callable[[str, str, int, Sequence[str] | None], ImageSource]] = {
+    "image_folder": ImageFolder,
+    "array_record": lambda root, split, channels, _: ArrayRecord(root, split, channels),
+    "huggingface": HuggingFace,
+    "digits": lambda _, split, channels, __: Digits(split, channels),
+}
+_own: dict[str, Opener] = {}
 
 
-def open_source(kind: str, root: str | Path, split: str, channels: int = 3) -> ImageSource:
+def register_source(kind: str, opener: Opener) -> None:
+    """Gives a kind of data of one's own a name, for `open_source` and ``--data.kind``.
+
+    Args:
+      kind: the name.
+      opener: opens one split: ``(root, split, channels) -> source``, an `ImageSource`. It raises
+        :class:`DataError` if the data can't be used.
+
+    Raises:
+      ValueError: the name is taken.
+    """
+    if kind in _openers and kind not in _own:
+        raise ValueError(f"kind of data {kind!r} is built in: choose another name")
+    if _own.setdefault(kind, opener) is not opener:
+        raise ValueError(f"kind of data {kind!r} is registered already, with another opener")
+    _openers[kind] = lambda root, split, channels, _: opener(root, split, channels)
+
+
+def open_source(
+    kind: str,
+    root: str | Path,
+    split: str,
+    channels: int = 3,
+    classes: Sequence[str] | None = None,
+) -> ImageSource:
     """Opens one split of a data set.
 
     Args:
-      kind: a key of :data:`SOURCES`.
+      kind: ``image_folder``, ``array_record``, ``huggingface``, ``digits``, or a name given to
+        `register_source`.
       root: where the data lies; not looked at for ``"digits"``.
       split: the split's name, such as ``"train"``.
       channels: of the images; 3 for RGB.
+      classes: the names of the classes, in order, where the training images or a model say them:
+        not all of them need have images in this split.
 
     Raises:
       DataError: no such kind, or the data can't be used.
     """
-    if kind not in SOURCES:
-        raise DataError(f"No kind of data {kind!r}: choose one of {', '.join(SOURCES)}.")
-    return SOURCES[kind](root, split, channels)
+    if kind not in _openers:
+        raise DataError(f"No kind of data {kind!r}: choose one of {', '.join(_openers)}.")
+    return _openers[kind](str(root), split, channels, classes)
 
 
 def check_same_classes(train: ImageSource, val: ImageSource) -> None:

@@ -10,10 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from vmamba_jax.data import batches_per_epoch, open_source
+from vmamba_jax.data import batches_per_epoch
 from vmamba_jax.run_folder import complete_steps
 from vmamba_jax.training.config import EvalConfig, RunConfig
 from vmamba_jax.training.evaluate import Evaluation, evaluate
+from vmamba_jax.training.interrupt import StopRequest
 from vmamba_jax.training.metrics import read_rows
 from vmamba_jax.training.optimizer import make_schedule
 from vmamba_jax.training.picture import draw_run
@@ -22,7 +23,9 @@ from vmamba_jax.training.setup import (
     build_learner,
     held_out_batches,
     open_sources,
+    open_val_source,
     preprocessing_of,
+    say_what_is_missing,
     train_batches,
 )
 from vmamba_jax.training.sharding import check_batch_size, make_mesh, put_batch, replicated
@@ -60,6 +63,7 @@ def classification_task(config: RunConfig, mesh: Mesh, console: Console) -> Task
     """
     data = config.data
     sources = open_sources(data)
+    say_what_is_missing(sources.val, console)
     class_names = sources.train.class_names
     steps_per_epoch = batches_per_epoch(sources.train, data.batch_size)
     schedule = make_schedule(config.optimizer, data.batch_size, steps_per_epoch, config.epochs)
@@ -76,14 +80,14 @@ def classification_task(config: RunConfig, mesh: Mesh, console: Console) -> Task
         say_which(console, "starting from", config, start)
         return start.variables()
 
-    def held_out(variables: Any) -> Evaluation:
+    def held_out(variables: Any, stop: StopRequest) -> Evaluation:
         with closing(held_out_batches(data, sources.val)) as batches:
-            return evaluate(eval_step, variables, batches, mesh)
+            return evaluate(eval_step, variables, stop.watch(batches), mesh)
 
-    def draw(path: Path, variables: Variables) -> None:
+    def draw(path: Path, variables: Variables, stop: StopRequest) -> None:
         shown: dict[str, list[np.ndarray]] = {"image": [], "label": [], "prediction": []}
         with closing(held_out_batches(data, sources.val)) as batches:
-            for batch in itertools.islice(batches, -(-_DRAWN // data.eval_batch_size)):
+            for batch in itertools.islice(stop.watch(batches), -(-_DRAWN // data.eval_batch_size)):
                 results = eval_step(variables, put_batch(batch, mesh))
                 seen = batch["mask"]
                 shown["image"].append(batch["image"][seen])
@@ -136,10 +140,11 @@ def evaluate_classifier(config: EvalConfig, console: Console) -> Evaluation:
     mesh = make_mesh(config.mesh)
     data = config.data
     check_batch_size(data.eval_batch_size, mesh)
-    source = open_source(data.kind, data.root, data.val_split, data.channels)
     config, step = weights_to_evaluate(config)
     weights = initial_weights(config, step)
     assert weights is not None
+    source = open_val_source(data, weights.class_names)
+    say_what_is_missing(source, console)
     what, where = str(config.init_from), f"{data.root} ({data.val_split})"
     check_same_labels(weights, what, source.class_names, where)
     architecture = weights.config if config.model.name is None else architecture_of(config)

@@ -1,10 +1,16 @@
-"""The command line behind train.py: which command, which preset, one clear error."""
+"""The command line of training: which command, which preset, one clear error.
+
+It is train.py, and ``vmamba-jax train``.
+"""
 
 import argparse
 import dataclasses
 import json
+import os
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -13,8 +19,10 @@ from rich.console import Console
 
 from vmamba_jax._closest import closest
 from vmamba_jax.errors import told
+from vmamba_jax.local_path import check_arguments
 from vmamba_jax.training.classification import evaluate_classifier
 from vmamba_jax.training.config import PRESETS, EvalConfig, RunConfig, from_json
+from vmamba_jax.training.interrupt import StopRequest
 from vmamba_jax.training.loop import train
 from vmamba_jax.training.report import NotFiniteError
 from vmamba_jax.training.segmentation import evaluate_segmenter
@@ -39,7 +47,7 @@ _COMMANDS: dict[str, tuple[type[AnyRun], ...]] = {
 """What each command takes: a classifier's configuration and, where it can, a segmenter's."""
 _DESCRIPTION = f"""Train a VMamba.
 
-python train.py [COMMAND] [PRESET] [OPTIONS]
+{{prog}} [COMMAND] [PRESET] [OPTIONS]
 
 Commands: train (the default); eval, the held-out accuracy or mean IoU of a run, with the run's own
 settings, or of pretrained weights; throughput, in images per second; compile, which tells whether a
@@ -50,20 +58,50 @@ The same command again goes on where a run stopped.
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Runs a command.
 
     Args:
         arguments: the command line; that of the process by default.
+        prog: what the command line calls itself.
 
     Returns:
-        The exit status: 0, or 1 after an error message.
+        The exit status: 0, also of a run that a signal ended; 1 after an error message; 130 if it
+        was interrupted.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = arguments.pop(0) if arguments[:1] and arguments[0] in _COMMANDS else "train"
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = words.pop(0) if words[:1] and words[0] in _COMMANDS else "train"
+    stop = StopRequest()
+    with ExitStack() as stack:
+        if command == "train":
+            stack.enter_context(stop)
+            if arguments is None:
+                # Of a process that ends after this a signal must not change the exit status.
+                stack.pop_all()
+        try:
+            return _run(command, words, prog, stop)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            _leave_others(130)
+            return 130
+
+
+def _leave_others(status: int) -> None:
+    """Ends a failed process of several at once, and so has the others hear of it.
+
+    At its usual end JAX would wait for the others, which wait for this one.
+    """
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _run(command: str, arguments: list[str], prog: str, stop: StopRequest) -> int:
     console = Console(highlight=False)
     try:
-        config = _parse(command, arguments)
+        check_arguments(arguments)
+        config = _parse(command, arguments, prog)
         join_processes(config.mesh)
         match config:
             case EvalConfig():
@@ -77,16 +115,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 compile_for_topology(config, console)
                 return 0
             case _:
-                result = train(config, console)
+                result = train(config, console, stop)
     except (ValueError, OSError, RunError, NotFiniteError, TopologyError) as error:
         print(f"error: {told(error)}", file=sys.stderr)
+        _leave_others(1)
         return 1
+    except Exception:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            _leave_others(1)
+        raise
     if result is not None and jax.process_index() == 0:
         print(result.headline())
     return 0
 
 
-def _parse(command: str, arguments: list[str]) -> AnyRun:
+def _parse(command: str, arguments: list[str], prog: str) -> AnyRun:
     """Reads ``[PRESET] [OPTIONS]``; the preset gives the task and the options' defaults."""
     preset, options = "digits", arguments
     if arguments and not arguments[0].startswith("-"):
@@ -106,8 +150,8 @@ def _parse(command: str, arguments: list[str]) -> AnyRun:
         kind,
         args=options,
         default=default,
-        prog=f"train.py {command} {preset}",
-        description=_DESCRIPTION,
+        prog=f"{prog.removesuffix(f' {command}')} {command} {preset}",
+        description=_DESCRIPTION.format(prog=prog),
     )
 
 

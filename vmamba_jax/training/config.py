@@ -39,7 +39,9 @@ class DataConfig:
     """Which images, and what is done to them.
 
     Attributes:
-        kind: how the images are stored; ``digits`` ships with scikit-learn.
+        kind: how the images are stored: ``image_folder``, ``array_record`` (also of TensorFlow
+            Datasets), ``huggingface``, a name given to `register_source`, or ``digits``, which
+            ship with scikit-learn.
         root: where they are stored; not used by ``digits``.
         train_split: name of the split to train on.
         val_split: name of the held-out split.
@@ -61,7 +63,7 @@ class DataConfig:
         damaged_is_fatal: stop at a damaged image instead of skipping and counting it.
     """
 
-    kind: Literal["digits", "image_folder", "array_record", "huggingface", "tfds"] = "digits"
+    kind: str = "digits"
     root: Path = Path("data")
     train_split: str = "train"
     val_split: str = "val"

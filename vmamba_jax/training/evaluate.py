@@ -95,6 +95,7 @@ def evaluate(
     totals: dict[str, jax.Array] = {}
     for batch in batches:
         results = eval_step(variables, put_batch(batch, mesh))
+        jax.block_until_ready(totals)  # two batches on their way are enough
         totals = {name: totals.get(name, 0.0) + results[name] for name in _SUMS}
     sums = {name: float(value) for name, value in totals.items()}
     if not sums.get("count"):

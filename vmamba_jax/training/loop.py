@@ -6,18 +6,22 @@ from contextlib import closing
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
 from vmamba_jax.checkpoint import Checkpoints
+from vmamba_jax.local_path import local_path
 from vmamba_jax.training.classification import classification_task
 from vmamba_jax.training.config import RunConfig, to_json
 from vmamba_jax.training.evaluate import Result
-from vmamba_jax.training.interrupt import StopRequest
+from vmamba_jax.training.interrupt import StoppedError, StopRequest
+from vmamba_jax.training.metrics import is_evaluated
 from vmamba_jax.training.report import Report
 from vmamba_jax.training.segmentation import segmentation_task
 from vmamba_jax.training.segmentation_config import AnyRun, SegmentationConfig
 from vmamba_jax.training.sharding import check_batch_size, make_mesh, put_batch
+from vmamba_jax.training.start import RunError
 from vmamba_jax.training.state import TrainState, abstract_state, create_state, with_weights
 from vmamba_jax.training.task import Task, Training
 
@@ -25,7 +29,9 @@ _PROFILED = (10, 15)
 """First and last update of a session that `profile` traces: after compilation and warm-up."""
 
 
-def train(config: AnyRun, console: Console | None = None) -> Result | None:
+def train(
+    config: AnyRun, console: Console | None = None, stop: StopRequest | None = None
+) -> Result | None:
     """Trains a model, or goes on with a run that was interrupted.
 
     The state comes from the first of: the run's own latest checkpoint, `config.init_from`, the
@@ -34,20 +40,51 @@ def train(config: AnyRun, console: Console | None = None) -> Result | None:
     Args:
         config: the run.
         console: where progress is shown; standard output by default.
+        stop: listens for signals already; by default SIGTERM and Ctrl-C are listened for from here
+            to the end.
 
     Returns:
         The held-out results at the end, or None if a signal ended the run early.
 
     Raises:
         DataError: if the images can't be used.
-        RunError: if the folder holds another run.
+        RunError: if the folder holds another run, or another process of this one is gone.
         NotFiniteError: if loss and gradient stay infinite or not a number.
         CheckpointError: if a checkpoint can't be written or read.
-        ValueError: for a batch, a mesh or a schedule that can't be.
+        ValueError: for a batch, a mesh or a schedule that can't be, or the address of a bucket.
     """
+    if stop is None:
+        with StopRequest() as listening:
+            return train(config, console, listening)
+    for folder in (config.run, config.data.root):
+        local_path(folder)
     console = console or Console()
+    console.quiet = jax.process_index() > 0
+    try:
+        return _train(config, console, stop)
+    except StoppedError:
+        # All that counts is saved; what was left undone, the next start makes up for.
+        console.print(
+            f"stopped by {stop.name}: the same command goes on from there", highlight=False
+        )
+        return None
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise RunError(
+            f"another process of this run seems to be gone ({str(error).splitlines()[0]}): see "
+            f"what it said. The checkpoints in {config.run} are intact; start all processes again "
+            "to go on from the last one"
+        ) from error
+
+
+def _train(config: AnyRun, console: Console, stop: StopRequest) -> Result:
+    """Trains.
+
+    Raises:
+        StoppedError: a signal came, and all that was trained is saved.
+    """
     primary = jax.process_index() == 0
-    console.quiet = not primary
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh, config.optimizer.accumulation_steps)
     check_batch_size(config.data.eval_batch_size, mesh)
@@ -65,6 +102,13 @@ def train(config: AnyRun, console: Console | None = None) -> Result | None:
         closing(training.batches) as batches,
     ):
         start = checkpoints.latest_step or 0
+
+        def leave_if_asked() -> None:
+            """Before the first update there is nothing to save."""
+            if stop.reached():
+                raise StoppedError
+
+        leave_if_asked()
         if start:
             task.check_same_run(checkpoints.config())
             items = abstract_state(learner.init, mesh).items()
@@ -76,27 +120,31 @@ def train(config: AnyRun, console: Console | None = None) -> Result | None:
         _announce(console, config, task, training, start)
         if primary:
             (config.run / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+        leave_if_asked()
 
         def held_out(step: int, state: TrainState) -> Result:
             """Evaluates the state that was saved last."""
-            found = task.evaluate(state.weights)
+            found = task.evaluate(state.weights, stop)
             checkpoints.record(step, found.metrics())
             return found
 
         result = None
-        if start < total:
-            with (
-                StopRequest() as stop,
-                Report(
-                    config,
-                    console,
-                    start=start,
-                    total=total,
-                    steps_per_epoch=training.steps_per_epoch,
-                ) as report,
-            ):
-                if start and due(start) and not checkpoints.metrics(start):
-                    report.held_out(start, held_out(start, state))  # its evaluation was cut short
+        # An evaluation that was cut short, or of which there is no record, is made up for.
+        kept = checkpoints.metrics(start) and is_evaluated(config.run, start)
+        missing = start > 0 and due(start) and not kept
+        if jax.process_count() > 1:  # by what the first one sees of the disk
+            missing = bool(multihost_utils.broadcast_one_to_all(np.int32(missing)))
+        if start < total or missing:
+            with Report(
+                config,
+                console,
+                start=start,
+                total=total,
+                steps_per_epoch=training.steps_per_epoch,
+            ) as report:
+                if missing:
+                    result = held_out(start, state)
+                    report.held_out(start, result)
                 for step in range(start + 1, total + 1):
                     if config.profile and step - start == _PROFILED[0]:
                         jax.profiler.start_trace(str(config.run / "profile"))
@@ -109,7 +157,7 @@ def train(config: AnyRun, console: Console | None = None) -> Result | None:
                         report.flush()
                         jax.profiler.stop_trace()
 
-                    stopping = stop.reached(step)
+                    stopping = stop.reached()
                     save_every = config.save_every or training.steps_per_epoch
                     if stopping or due(step) or step % save_every == 0:
                         report.sync()
@@ -120,13 +168,10 @@ def train(config: AnyRun, console: Console | None = None) -> Result | None:
                             data_iterator=batches,
                             config=to_json(config),
                         )
-                    if stopping and step < total:
+                    if stopping:
                         checkpoints.wait()
-                        console.print(
-                            f"stopped by {stop.name} after update {step} of {total}: it is saved, "
-                            "and the same command goes on from there"
-                        )
-                        return None
+                        console.print(f"update {step} of {total} is saved", highlight=False)
+                        raise StoppedError
                     if due(step):  # after the save, which a fault in here must not cost
                         with report.paused():
                             result = held_out(step, state)
@@ -135,7 +180,7 @@ def train(config: AnyRun, console: Console | None = None) -> Result | None:
         if result is None:
             result = held_out(start, state)
         if jax.process_count() == 1:
-            _draw(config, task, state, console)
+            _draw(config, task, state, console, stop)
         return result
 
 
@@ -183,11 +228,13 @@ def _announce(console: Console, config: AnyRun, task: Task, training: Training, 
         console.print(f"training into {config.run}, {total} updates", highlight=False)
 
 
-def _draw(config: AnyRun, task: Task, state: TrainState, console: Console) -> None:
+def _draw(
+    config: AnyRun, task: Task, state: TrainState, console: Console, stop: StopRequest
+) -> None:
     """Writes the picture of the run, if matplotlib is there."""
     path = config.run / "training.png"
     try:
-        task.draw(path, state.weights)
+        task.draw(path, state.weights, stop)
     except ImportError:
         console.print("no picture: matplotlib is missing (pip install 'vmamba-jax[demo]')")
     else:

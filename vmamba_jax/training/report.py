@@ -76,7 +76,7 @@ class Report:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.__exit__(kind, error, traceback)
-        self._log.__exit__()
+        self._log.__exit__(kind, error, traceback)
 
     def update(self, step: int, learning_rate: float, metrics: Metrics) -> None:
         """Reports one update.

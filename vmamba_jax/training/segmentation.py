@@ -1,6 +1,6 @@
 """Semantic segmentation as a task of the training loop, and the evaluation of a segmenter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from vmamba_jax.errors import CheckpointError
 from vmamba_jax.registry import model_config
 from vmamba_jax.segmentation import Inference, UPerNet, UPerNetConfig
 from vmamba_jax.segmentation.loss import segmentation_loss
+from vmamba_jax.training.interrupt import StopRequest
 from vmamba_jax.training.mean_iou import SegmentationEvaluation
 from vmamba_jax.training.metrics import read_rows
 from vmamba_jax.training.segmentation_config import (
@@ -79,10 +80,14 @@ def segmentation_task(config: SegmentationConfig, mesh: Mesh, console: Console) 
         console.print(f"starting from {config.init_from}", soft_wrap=True, highlight=False)
         return starting_weights(config, learner.model, initial)
 
-    def draw(path: Path, variables: Variables) -> None:
+    def held_out(variables: Variables, stop: StopRequest) -> SegmentationEvaluation:
+        with closing(_held_out_batches(data, source)) as batches:
+            return _evaluate(predict, variables, stop.watch(batches), source.class_names, mesh)
+
+    def draw(path: Path, variables: Variables, stop: StopRequest) -> None:
         shown: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         with closing(_held_out_batches(data, source)) as batches:
-            for batch in batches:
+            for batch in stop.watch(batches):
                 results = predict(variables, put_batch(batch, mesh))
                 predictions = np.asarray(results["prediction"])
                 rows = zip(batch["image"], batch["label"], predictions, strict=True)
@@ -108,7 +113,7 @@ def segmentation_task(config: SegmentationConfig, mesh: Mesh, console: Console) 
             config, saved, architecture, source.class_names
         ),
         starting_weights=None if config.init_from is None else start,
-        evaluate=lambda variables: _evaluate(predict, variables, data, source, mesh),
+        evaluate=held_out,
         draw=draw,
     )
 
@@ -139,7 +144,8 @@ def evaluate_segmenter(config: SegmentationEvalConfig, console: Console) -> Segm
     predict = make_segmentation_step(_module(config.model, weights.config), data, mesh)
     with jax.set_mesh(mesh):
         variables = jax.device_put(weights.variables(), replicated(mesh))
-        result = _evaluate(predict, variables, data, source, mesh)
+        with closing(_held_out_batches(data, source)) as batches:
+            result = _evaluate(predict, variables, batches, source.class_names, mesh)
     console.print(result.details(), soft_wrap=True)
     return result
 
@@ -147,19 +153,18 @@ def evaluate_segmenter(config: SegmentationEvalConfig, console: Console) -> Segm
 def _evaluate(
     predict: Callable[[Any, Batch], dict[str, jax.Array]],
     variables: Variables,
-    data: SegmentationData,
-    source: LabelMapFolder,
+    batches: Iterable[dict[str, np.ndarray]],
+    class_names: Sequence[str],
     mesh: Mesh,
 ) -> SegmentationEvaluation:
     """The results over all held-out images."""
-    confusion = np.zeros((len(source.class_names),) * 2, np.int64)
+    confusion = np.zeros((len(class_names),) * 2, np.int64)
     images = 0
-    with closing(_held_out_batches(data, source)) as batches:
-        for batch in batches:
-            results = predict(variables, put_batch(batch, mesh))
-            confusion += np.asarray(results["confusion"])
-            images += int(results["count"])
-    return SegmentationEvaluation.of(confusion, images, source.class_names)
+    for batch in batches:
+        results = predict(variables, put_batch(batch, mesh))
+        confusion += np.asarray(results["confusion"])
+        images += int(results["count"])
+    return SegmentationEvaluation.of(confusion, images, class_names)
 
 
 def build_segmentation_learner(

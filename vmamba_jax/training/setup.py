@@ -1,14 +1,17 @@
 """From a configuration to the objects of a run: sources, batches, model, optimizer, step."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from rich.console import Console
 
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.data import (
     BatchIterator,
+    DataError,
     DigitsTransform,
     EvalTransform,
     ImageSource,
@@ -41,12 +44,33 @@ def open_sources(config: DataConfig) -> Sources:
     Raises:
         DataError: if the data can't be used.
     """
-    sources = Sources(
-        open_source(config.kind, config.root, config.train_split, config.channels),
-        open_source(config.kind, config.root, config.val_split, config.channels),
-    )
-    check_same_classes(*sources)
-    return sources
+    train = open_source(config.kind, config.root, config.train_split, config.channels)
+    val = open_val_source(config, train.class_names)
+    if getattr(val, "is_whole_root", False) and config.train_split != config.val_split:
+        raise DataError(
+            f"{config.root} is one data set, and would be both splits: save each into its own "
+            f"folder, {config.root}/{config.train_split} and {config.root}/{config.val_split}"
+        )
+    check_same_classes(train, val)
+    return Sources(train, val)
+
+
+def open_val_source(config: DataConfig, classes: Sequence[str] | None) -> ImageSource:
+    """Opens the held-out split; `classes` as of `open_source`."""
+    return open_source(config.kind, config.root, config.val_split, config.channels, classes)
+
+
+def say_what_is_missing(source: ImageSource, console: Console) -> None:
+    """Says which classes have no held-out image, where that is known."""
+    missing = list(getattr(source, "empty_classes", []))
+    if missing:
+        few = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        console.print(
+            f"{len(missing)} of {len(source.class_names)} classes have no held-out image: {few}",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
 
 
 def build_model(config: RunConfig, architecture: VMambaConfig, *, num_classes: int) -> VSSM:

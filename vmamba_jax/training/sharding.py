@@ -46,6 +46,8 @@ def join_processes(config: MeshConfig) -> None:
     """
     if config.coordinator is None:
         return
+    # It would take SIGTERM from `StopRequest`.
+    jax.config.update("jax_enable_preemption_service", False)
     if config.coordinator == "auto":
         jax.distributed.initialize()
         return

@@ -8,6 +8,7 @@ import optax
 
 from vmamba_jax.data import BatchIterator
 from vmamba_jax.training.evaluate import Result
+from vmamba_jax.training.interrupt import StopRequest
 from vmamba_jax.training.state import TrainState
 from vmamba_jax.training.step import TrainStep
 from vmamba_jax.typing import Variables
@@ -63,8 +64,10 @@ class Task(NamedTuple):
         check_same_run: refuses to go on with a run that had other settings, given as JSON types.
         starting_weights: the weights that the run's `init_from` names, None if it names none. What
             they have not is taken from the given initial variables.
-        evaluate: the held-out results of variables on the mesh.
-        draw: draws a run's curves, and what its variables make of held-out images, into a file.
+        evaluate: the held-out results of variables on the mesh; given up by a `StoppedError` if a
+            signal comes.
+        draw: draws a run's curves, and what its variables make of held-out images, into a file;
+            likewise.
     """
 
     learner: Learner
@@ -74,5 +77,5 @@ class Task(NamedTuple):
     about: dict[str, Any]
     check_same_run: Callable[[dict[str, Any]], None]
     starting_weights: Callable[[Variables], Variables] | None
-    evaluate: Callable[[Variables], Result]
-    draw: Callable[[Path, Variables], None]
+    evaluate: Callable[[Variables, StopRequest], Result]
+    draw: Callable[[Path, Variables, StopRequest], None]
