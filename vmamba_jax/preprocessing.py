@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -53,6 +56,15 @@ class Preprocessing:
     def replace(self, **changes: Any) -> "Preprocessing":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def from_json(kind: type[Value], values: Mapping[str, Any]) -> Value:
+    """Rebuilds what images go through, of either type, from its fields as JSON types.
+
+    Raises:
+        ValueError, TypeError: for values that it can't have.
+    """
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def imagenet_preprocessing(

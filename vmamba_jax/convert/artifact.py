@@ -30,7 +30,7 @@ from vmamba_jax.convert.tasks import (
 )
 from vmamba_jax.errors import CheckpointError
 from vmamba_jax.local_path import local_path
-from vmamba_jax.preprocessing import Preprocessing
+from vmamba_jax.preprocessing import Preprocessing, from_json
 from vmamba_jax.registry import model_config
 from vmamba_jax.run_folder import choose_step, complete_steps, describe_step
 from vmamba_jax.typing import Variables
@@ -229,8 +229,7 @@ def _described(about: Mapping[str, Any]) -> SavedModel:
     if steps is not None:
         if task.preprocessing is None:
             raise ValueError(f"{task.name} keeps no preprocessing")
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in steps.items()}
-        steps = task.preprocessing(**tuples)
+        steps = from_json(task.preprocessing, steps)
     return SavedModel({}, config, about["provenance"], names, steps)
 
 

@@ -28,7 +28,7 @@ from jax.export import (
 )
 
 from vmamba_jax.errors import CheckpointError
-from vmamba_jax.preprocessing import Preprocessing
+from vmamba_jax.preprocessing import Preprocessing, from_json
 from vmamba_jax.typing import Array, Float, Num
 
 FORMAT, VERSION = "vmamba_jax.export", 1
@@ -85,7 +85,7 @@ class ExportedModel:
     def preprocessing(self) -> Preprocessing | None:
         """What images have to go through, where it was known."""
         steps = self.about["preprocessing"]
-        return None if steps is None else Preprocessing.from_json(steps)
+        return None if steps is None else from_json(Preprocessing, steps)
 
     @property
     def takes(self) -> str:

@@ -23,6 +23,7 @@ from vmamba_jax.export.artifact import (
 from vmamba_jax.export.program import Platform, WeightDtype, export_model
 from vmamba_jax.imagenet import imagenet_classes
 from vmamba_jax.preprocessing import Preprocessing, imagenet_preprocessing
+from vmamba_jax.segmentation.config import Inference
 from vmamba_jax.segmentation.picture import ade20k_classes
 
 _SEGMENTED = (512, 512)  # the size of the published segmenters
@@ -112,7 +113,9 @@ def export_checkpoint(
 def preprocessing_of(read: Weights[Any], size: tuple[int, int] | None) -> Preprocessing:
     """What images have to go through for these weights; of this size, if one is asked."""
     config, steps = read.config, read.preprocessing
-    if steps is None and isinstance(config, VMambaConfig):
+    if isinstance(steps, Inference):  # a program takes images of the size of one window
+        steps = imagenet_preprocessing(steps.crop_size, config.backbone.in_chans, crop=1.0)
+    elif steps is None and isinstance(config, VMambaConfig):
         steps = imagenet_preprocessing(size or config.input_size, config.in_chans)
     elif steps is None:
         steps = imagenet_preprocessing(size or _SEGMENTED, config.backbone.in_chans, crop=1.0)

@@ -4,6 +4,7 @@ The modules bear the names that mmsegmentation gives them, so that its files map
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -143,7 +144,7 @@ class PyramidConv(nn.Module):
         channels = [x.shape[-1] for x in maps]
         shape = (self.kernel, self.kernel, sum(channels), self.features)
         kernel = self.param("kernel", _conv_init, shape, self.param_dtype).astype(self.dtype)
-        kernels = jnp.split(kernel, np.cumsum(channels)[:-1], axis=2)
+        kernels = jnp.split(kernel, list(accumulate(channels))[:-1], axis=2)
         first, *rest = (x.astype(self.dtype) for x in maps)
         by = self.kernel // 2
         y = jax.lax.conv_general_dilated(
@@ -249,7 +250,7 @@ def resize(x: FeatureMap, size: Sequence[Size]) -> ResampledMap:
 
 
 def resized_conv(
-    x: FeatureMap, kernel: Float[Array, "S S C c"], size: Sequence[int]
+    x: FeatureMap, kernel: Float[Array, "S S C c"], size: Sequence[Size]
 ) -> Float[Array, "B h w c"]:
     """The convolution of a map that `resize` has brought to `size`, padded to keep that size.
 
@@ -264,13 +265,16 @@ def resized_conv(
     """
     products = jnp.einsum("bhwc,ijcd->bhwijd", x, kernel, preferred_element_type=jnp.float32)
 
-    def taps(old: int, new: int) -> np.ndarray:
-        """What each position of the result takes of each old one by each tap: (S, new, old)."""
-        at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
-        weights = np.maximum(1 - np.abs(at[:, None] - np.arange(old)), 0)
-        by = len(kernel) // 2
-        padded = np.pad(weights, ((by, by), (0, 0))).astype(np.float32)
-        return np.stack([padded[i : i + new] for i in range(len(kernel))])
+    def taps(old: Size, new: Size) -> Float[Array, "S new old"]:
+        """What each position of the result takes of each old one, by each tap."""
+        tap = jnp.arange(len(kernel))[:, None] - len(kernel) // 2
+        position = jnp.arange(new)[None] + tap
+        inside = (position >= 0) & (position < new)
+        old_side, new_side = (jnp.asarray(side, jnp.float32) for side in (old, new))
+        at = (position.astype(jnp.float32) + 0.5) * (old_side / new_side) - 0.5
+        at = jnp.clip(at, 0, old_side - 1)
+        distance = jnp.abs(at[..., None] - jnp.arange(old, dtype=jnp.float32)[None, None])
+        return jnp.where(inside[..., None], jnp.maximum(1 - distance, 0), 0)
 
     rows, columns = taps(x.shape[1], size[0]), taps(x.shape[2], size[1])
     products = jnp.einsum("iyh,bhwijd->bywjd", rows, products, precision=_EXACT)
