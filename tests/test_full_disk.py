@@ -5,21 +5,17 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import processes
 import pytest
-import tiny
 
-from vmamba_jax.checkpoint import Checkpoints
-from vmamba_jax.registry import register_model
 from vmamba_jax.run_folder import complete_steps
-from vmamba_jax.training.cli import main
 from vmamba_jax.training.metrics import MetricsLog, read_rows
 
 _SIZE = 2**24
 _OPTIONS = [
     *("--model.name=smallest", "--data.batch-size=240", "--data.eval-batch-size=360"),
-    *("--epochs=1.6", "--save-every=2", "--log-every=1", "--keep=2", "--mesh.data=8"),
+    *("--epochs=1.6", "--save-every=2", "--log-every=1", "--keep=2"),
 ]
 
 
@@ -66,50 +62,25 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def _fill(disk: Path) -> None:
-    with (disk / "filler").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(512))
-        except OSError:
-            pass
-
-
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("owner", "function", "message"),
-    [
-        (Checkpoints, "save", "If the disk is full, make room"),
-        (MetricsLog, "write", "No space left on device. The checkpoints are intact; make room"),
-        (MetricsLog, "sync", "make room"),
-    ],
-)
-def test_a_run_on_a_full_disk_goes_on_once_there_is_room(
-    owner: Any,
-    function: str,
-    message: str,
-    small_disk: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    register_model("smallest", tiny.SMALLEST)
-    original, calls = getattr(owner, function), []
-
-    def fill_first(*args: Any, **options: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 4:
-            _fill(small_disk)
-        return original(*args, **options)
-
+@pytest.mark.parametrize("phase", ["save", "write", "sync"])
+def test_a_run_on_a_full_disk_goes_on_once_there_is_room(phase: str, small_disk: Path) -> None:
     run = small_disk / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, function, fill_first)
-        assert main([*_OPTIONS, f"--run={run}"]) == 1
-    error = capfd.readouterr().err
-    assert message in error.replace("\n", " ")
-    saved = complete_steps(run / "checkpoints")
-    assert saved
+    environment = processes.environment(1)
+
+    def start(**more: str) -> subprocess.Popen[str]:
+        return processes.start(
+            "train", *_OPTIONS, f"--run={run}", environment={**environment, **more}
+        )
+
+    failing = start(TINY_FILL=f"{phase} {small_disk}")
+    output = failing.communicate(timeout=600)[0]
+    assert failing.returncode == 1, output
+    last = next(line for line in output.splitlines() if line.startswith("error: "))
+    assert "make room" in last
+    assert "No space left" in last or "RESOURCE_EXHAUSTED" in last
+    saved = complete_steps(run / "checkpoints")[-1]
     (small_disk / "filler").unlink()
-    assert main([*_OPTIONS, f"--run={run}"]) == 0
-    assert f"resuming {run} after update {saved[-1]} of 8" in capfd.readouterr().out
+    (output,) = processes.finish([start()])
+    assert f"after update {saved} of 8" in output
     assert [row["step"] for row in read_rows(run) if "loss" in row] == list(range(1, 9))

@@ -2,14 +2,18 @@
 
 ``python -m tiny pair HOST:PORT INDEX STEPS FOLDER`` is one of two processes that train it together
 and save it; ``python -m tiny train OPTIONS`` is train.py with the model registered as "tiny"; there
-TINY_SIGNALS, such as "evaluate SIGINT 2", has the process send itself signals in a phase.
+TINY_SIGNALS, such as "evaluate SIGINT 2", has the process send itself signals in a phase, and
+TINY_FILL, such as "save /disk", fill a disk.
 """
 
+import itertools
 import os
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +29,7 @@ from vmamba_jax.models import VSSM
 from vmamba_jax.registry import register_model
 from vmamba_jax.training import evaluate, loop
 from vmamba_jax.training.cli import main
+from vmamba_jax.training.metrics import MetricsLog
 from vmamba_jax.training.optimizer import OptimizerConfig, make_optimizer
 from vmamba_jax.training.sharding import MeshConfig, make_mesh, put_batch
 from vmamba_jax.training.state import TrainState, abstract_state, create_state, make_state
@@ -148,11 +153,28 @@ def _send_signals(phase: str, name: str, times: str) -> None:
     setattr(owner, function, entered)
 
 
+def _fill_disk(phase: str, folder: str) -> None:
+    """Has this process fill the disk of a folder when it enters a phase for the fourth time."""
+    phases = {"save": Checkpoints, "write": MetricsLog, "sync": MetricsLog}
+    original, calls = getattr(phases[phase], phase), itertools.count(1)
+
+    def entered(*args: Any, **options: Any) -> Any:
+        if next(calls) == 4:
+            with suppress(OSError), Path(folder, "filler").open("wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(512))
+        return original(*args, **options)
+
+    setattr(phases[phase], phase, entered)
+
+
 def _train(*options: str) -> int:
     register_model("tiny", RANDOM)
     register_model("smallest", SMALLEST)
     if "TINY_SIGNALS" in os.environ:
         _send_signals(*os.environ["TINY_SIGNALS"].split())
+    if "TINY_FILL" in os.environ:
+        _fill_disk(*os.environ["TINY_FILL"].split())
     sys.argv[1:] = ["--model.name=tiny", "--model.drop-path-rate=0.3", *options]
     return main()
 
