@@ -138,6 +138,7 @@ def test_activation_maps_times_the_input_are_the_scan(forward_type):
     np.testing.assert_allclose(y, scan_of(x, weights, forward_type)[QUERY], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_activation_maps_of_the_cascade_are_those_of_its_two_passes():
     weights = weights_of("v052dc")
     x = np.random.default_rng(2).standard_normal((1, HEIGHT, WIDTH, 4)).astype(np.float32)

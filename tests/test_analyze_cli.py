@@ -45,6 +45,7 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.mark.exhaustive
 def test_every_view_writes_its_figures_and_numbers(run, photos, tmp_path):
     (photos / "dog" / "z.png").write_bytes(b"no image")
     code, out, err = run(

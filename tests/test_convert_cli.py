@@ -178,6 +178,7 @@ def test_a_mistake_ends_in_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.exhaustive
 def test_models_lists_every_model_with_its_published_accuracy(run):
     code, out, _ = run("models")
     assert code == 0

@@ -33,6 +33,7 @@ from vmamba_jax.training.segmentation_config import SegmentationConfig
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "index.md", *GUIDES]
+LONG = {"segmentation", "transformations"}  # they compile gradients
 PLAIN = re.compile(r"```.*?```", re.S)
 
 SMALLER = {
@@ -84,7 +85,16 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_models: None) 
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if runnable(p)], ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page, marks=pytest.mark.exhaustive if page.stem in LONG else (), id=name_of(page)
+        )
+        for page in PAGES
+        if runnable(page)
+    ],
+)
 @pytest.mark.usefixtures("_files")
 def test_the_python_examples_run(page):
     code = "\n".join(runnable(page))

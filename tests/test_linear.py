@@ -99,7 +99,9 @@ def test_what_is_not_marked_is_computed_again():
     assert program.count("= exp ") == 2
 
 
-@pytest.mark.parametrize("use_checkpoint", [False, True])
+@pytest.mark.parametrize(
+    "use_checkpoint", [pytest.param(False, marks=pytest.mark.exhaustive), True]
+)
 def test_a_step_keeps_what_is_dear_of_each_block_and_no_more(use_checkpoint):
     def maps(depth):
         config = model_config("vmamba_tiny_s1l8").replace(

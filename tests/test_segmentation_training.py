@@ -342,6 +342,7 @@ def test_a_classifier_gives_the_backbone_and_a_segmenter_everything(tmp_path: Pa
     jax.tree.map(np.testing.assert_array_equal, starting_weights(config, model, None), fresh)
 
 
+@pytest.mark.exhaustive
 def test_what_cannot_be_is_refused(
     folder: Path, finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,6 +170,7 @@ def test_a_checkpoint_that_is_not_there_is_said(
     assert "none of its checkpoints was evaluated" in capfd.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_a_fault_in_an_evaluation_costs_nothing_and_it_is_made_up_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

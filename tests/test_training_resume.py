@@ -69,6 +69,7 @@ def _assert_same_run(run: Path, reference: Path) -> None:
     np.testing.assert_equal(_weights(run), _weights(reference))
 
 
+@pytest.mark.exhaustive
 def test_a_run_stopped_by_sigterm_is_saved_and_resumes_exactly(
     uninterrupted: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_two_processes_have_the_losses_of_one_device(pair: tuple[Path, list[str]
         np.testing.assert_allclose(losses, one_device()[:_STEPS], rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("data", "fsdp"), [(1, 1), (2, 2)])
 def test_what_two_processes_saved_goes_on_on_other_devices(
     data: int, fsdp: int, pair: tuple[Path, list[str]]
