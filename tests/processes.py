@@ -40,10 +40,15 @@ def start(*arguments: str, environment: dict[str, str]) -> subprocess.Popen[str]
     )
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[str]:
+def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 900) -> list[str]:
     """The outputs of processes that all end well."""
-    with ThreadPoolExecutor(len(processes)) as pool:  # or one waits that another is read
-        outputs = list(pool.map(lambda process: process.communicate(timeout=timeout)[0], processes))
+    try:
+        with ThreadPoolExecutor(len(processes)) as pool:  # or one waits that another is read
+            ends = pool.map(lambda process: process.communicate(timeout=timeout)[0], processes)
+            outputs = list(ends)
+    finally:
+        for process in processes:
+            process.kill()
     statuses = [process.returncode for process in processes]
     assert not any(statuses), f"statuses {statuses}\n" + "\n---\n".join(outputs)
     return outputs
