@@ -58,6 +58,7 @@ def _panel(k: int, route: np.ndarray, left: int, top: int) -> list[str]:
     return [
         *cells,
         f'<polyline points="{points}" fill="none" stroke="#3367d6" stroke-width="2" '
+        'stroke-linejoin="round" '
         'marker-end="url(#end)"/>',
         f'<circle cx="{x:g}" cy="{y:g}" r="5" fill="#3367d6"/>',
         f'<text x="{left}" y="{top + _CELL * HEIGHT + 16}" fill="#888">route {k}</text>',
