@@ -139,8 +139,7 @@ def named(words: list[str]) -> str:
 PROGRAMS = {"vmamba-jax", "train.py"}
 OURS = {
     named(words): words
-    for page in PAGES
-    for block in blocks(page, "bash")
+    for block in [package_cli.EXAMPLES, *(code for page in PAGES for code in blocks(page, "bash"))]
     for words in commands(block)
     if not PROGRAMS.isdisjoint(words)
 }

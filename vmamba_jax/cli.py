@@ -44,6 +44,22 @@ _Name = Annotated[str, Positional, arg(metavar="NAME")]
 _out = Console(width=None if sys.stdout.isatty() else 200)
 _err = Console(stderr=True)
 
+EXAMPLES = """Examples:
+
+  vmamba-jax train finetune --data.root photos --init-from vssm1_tiny.pth
+  vmamba-jax convert vssm1_tiny.pth vmamba_tiny
+  vmamba-jax predict photo.jpg --checkpoint vmamba_tiny
+  vmamba-jax segment photo.jpg --checkpoint upernet.pth --save overlay.png
+  vmamba-jax detect photo.jpg --checkpoint mask_rcnn.pth --save found.png
+  vmamba-jax coco-eval coco --split val2017 --checkpoint mask_rcnn.pth
+  vmamba-jax analyze photos --checkpoint vmamba_tiny --out figures
+  vmamba-jax export vmamba_tiny.npz --checkpoint vmamba_tiny
+  vmamba-jax models
+  vmamba-jax summary vmamba_tiny_s1l8
+
+Words are completed in bash after: eval "$(vmamba-jax --tyro-print-completion bash)"
+"""
+
 
 def main() -> None:
     """Runs a sub-command; a fault that the user can mend ends in one line and status 1."""
@@ -65,8 +81,7 @@ def main() -> None:
                 "summary": summary,
             },
             prog="vmamba-jax",
-            description="VMamba in JAX: train; convert and export; classify, segment, detect, "
-            "analyze.",
+            description=f"VMamba in JAX.\n\n{EXAMPLES}",
         )
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         _err.print(f"[red]error:[/red] {_escape(told(error))}", soft_wrap=True, highlight=False)
