@@ -5,13 +5,15 @@ import tempfile
 from importlib.metadata import version
 
 # Before jax is imported: mesh tests need several devices, and eight fit any mesh shape.
-_flags = " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 if "VMAMBA_JAX_AS_USERS" not in os.environ:  # some tests run again with it, see .ci/check
     # Tests compile far longer than they run; unoptimised machine code halves that.
-    _flags += " --xla_backend_optimization_level=0"
-    # The older code generator compiles in two thirds of the time; XLA aborts at unknown flags.
-    _flags += " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + _flags
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    if version("jaxlib").startswith("0.10."):  # XLA aborts at unknown flags
+        # The older code generator compiles in two thirds of the time.
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Workers and the processes that tests start compile the same few programs: once is enough. But with
 # jaxlib 0.12.0 a training step read back from the cache on a CPU ends the process.
