@@ -26,6 +26,7 @@ from PIL import Image
 from vmamba_jax import cli as package_cli
 from vmamba_jax import model_config, registry
 from vmamba_jax.convert import save_model
+from vmamba_jax.data import sources
 from vmamba_jax.preprocessing import Preprocessing
 from vmamba_jax.training import cli as training_cli
 from vmamba_jax.training.config import RunConfig
@@ -76,6 +77,7 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_models: None) -> None:
     """What pages name and a test can make: a photograph, and a model where a run would be."""
+    monkeypatch.setattr(sources, "_own", {})
     Image.fromarray(np.zeros((20, 24, 3), np.uint8)).save(tmp_path / "photo.jpg")
     _, variables = registry.create_model("vmamba_digits")
     names = [str(digit) for digit in range(10)]

@@ -18,6 +18,7 @@ from vmamba_jax.data import (
     Sample,
     open_source,
     register_source,
+    sources,
     train_iterator,
 )
 from vmamba_jax.data import workers as workers_module
@@ -82,7 +83,10 @@ def test_a_source_of_ones_own_is_opened_by_its_name():
         open_source("tfds", "data", "train")
 
 
-def test_the_guide_s_source_reads_what_its_table_lists(tmp_path: Path):
+def test_the_guide_s_source_reads_what_its_table_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sources, "_own", {})
     guide = Path(__file__).parents[1] / "docs" / "guides" / "training.md"
     (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
     exec(compile(code, str(guide), "exec"), {"__name__": "train_table"})

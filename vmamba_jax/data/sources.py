@@ -47,11 +47,16 @@ def register_source(kind: str, opener: Opener) -> None:
     Raises:
       ValueError: the name is taken.
     """
-    if kind in _openers and kind not in _own:
+    if kind in _openers:
         raise ValueError(f"kind of data {kind!r} is built in: choose another name")
-    if _own.setdefault(kind, opener) is not opener:
+    if kind in _own and _full_name(_own[kind]) != _full_name(opener):
         raise ValueError(f"kind of data {kind!r} is registered already, with another opener")
-    _openers[kind] = lambda root, split, channels, _: opener(root, split, channels)
+    _own[kind] = opener  # of the same name: a cell of a notebook that ran again
+
+
+def _full_name(opener: Opener) -> tuple[str, str]:
+    kind = opener if hasattr(opener, "__qualname__") else type(opener)
+    return kind.__module__, kind.__qualname__
 
 
 def open_source(
@@ -75,8 +80,11 @@ def open_source(
     Raises:
       DataError: no such kind, or the data can't be used.
     """
+    if kind in _own:
+        return _own[kind](str(root), split, channels)
     if kind not in _openers:
-        raise DataError(f"No kind of data {kind!r}: choose one of {', '.join(_openers)}.")
+        known = ", ".join((*_openers, *_own))
+        raise DataError(f"No kind of data {kind!r}: choose one of {known}.")
     return _openers[kind](str(root), split, channels, classes)
 
 
