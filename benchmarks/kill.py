@@ -38,8 +38,8 @@ OPTIONS = [
     *("--mesh.fsdp=2", "--mesh.process-count=2"),
 ]
 EARLY, AFTER = 0.3, 4.0
-"""Share of the moments before the first update, uniform in the time that it takes to come; the others
-are uniform in so many seconds after it."""
+"""Share of the moments before the first update, uniform in the time that it takes to come; the
+others are uniform in so many seconds after it."""
 PATIENCE = 300.0
 """Seconds that a process may live on after its peer was killed."""
 
