@@ -354,7 +354,7 @@ def test_single_data_sets_of_save_to_disk_are_read(tmp_path: Path):
         open_sources(DataConfig(kind="huggingface", root=tmp_path / "one"))
     data = rows(records)
     named = datasets.Dataset.from_dict(
-        data.to_dict(), features=data.features, split=datasets.Split.TRAIN
+        data[:], features=data.features, split=datasets.Split.TRAIN
     )
     named.save_to_disk(tmp_path / "named")
     with pytest.raises(DataError, match=r"holds the split train alone.*named/val"):
