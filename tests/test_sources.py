@@ -353,9 +353,7 @@ def test_single_data_sets_of_save_to_disk_are_read(tmp_path: Path):
     with pytest.raises(DataError, match=r"one data set, and would be both splits.*one/val"):
         open_sources(DataConfig(kind="huggingface", root=tmp_path / "one"))
     data = rows(records)
-    named = datasets.Dataset.from_dict(
-        data[:], features=data.features, split=datasets.Split.TRAIN
-    )
+    named = datasets.Dataset.from_dict(data[:], features=data.features, split=datasets.Split.TRAIN)
     named.save_to_disk(tmp_path / "named")
     with pytest.raises(DataError, match=r"holds the split train alone.*named/val"):
         open_source("huggingface", tmp_path / "named", "val")
