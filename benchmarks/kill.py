@@ -34,11 +34,12 @@ from vmamba_jax.training.metrics import read_rows
 
 OPTIONS = [
     *("--model.name=small", "--model.drop-path-rate=0.3", "--data.mixup=0.8", "--data.cutmix=1.0"),
-    *("--data.batch-size=240", "--epochs=12", "--save-every=1", "--keep=2", "--log-every=1"),
+    *("--data.batch-size=240", "--epochs=40", "--save-every=1", "--keep=2", "--log-every=1"),
     *("--mesh.fsdp=2", "--mesh.process-count=2"),
 ]
-AFTER = 6.0
-"""A moment is uniform in the time that a run takes to begin, and so many seconds more."""
+EARLY, AFTER = 0.3, 4.0
+"""Share of the moments before the first update, uniform in the time that it takes to come; the
+others are uniform in so many seconds after it."""
 PATIENCE = 300.0
 """Seconds that a process may live on after its peer was killed."""
 
@@ -130,12 +131,15 @@ def main() -> None:
         expected = outcome(reference)
         run, rows, lost, wrong, finished = folder / "run", [], 0, 0, 0
         while len(rows) < arguments.kills:
-            moment = rng.uniform(0, begin + AFTER)
+            early = rng.random() < EARLY
+            moment = rng.uniform(0, begin if early else AFTER)
             victims = [[0, 1], [1, 0], [0], [1]][rng.choice(4, p=[0.4, 0.4, 0.1, 0.1])]
             before = updates(run)
             processes, begun = start(run), time.perf_counter()
-            seen = 0
-            while time.perf_counter() - begun < moment:
+            seen, since = 0, begun if early else None
+            while since is None or time.perf_counter() - since < moment:
+                if since is None and updates(run) > before:
+                    since = time.perf_counter()
                 seen = max([seen, *complete_steps(run / "checkpoints")])
                 if all(process.poll() is not None for process in processes):
                     break
@@ -166,6 +170,7 @@ def main() -> None:
             rows.append(
                 {
                     "moment (s)": round(moment, 2),
+                    "after": "the start" if early else "an update",
                     "killed": victims,
                     "at update": before,
                     "came to": updates(run),
