@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # JAX 0.12.0.1 (and 0.10.2): a Pallas kernel that stands only in the TPU's branch of
 # `jax.lax.platform_dependent` keeps the function from being exported for several platforms. For the
-# CPU alone, for the TPU alone and for CPU and CUDA it is exported. Behind it: of a program for
-# several platforms each branch is lowered for all of them, and the lowering of a kernel for CPU
-# raises, where other operations would be left out.
+# CPU alone, for the TPU alone and for CPU and CUDA it is exported. Behind it: in a program for
+# several platforms each branch that any of them takes is lowered for all of them, and a kernel's
+# lowering for the CPU raises.
 #
 # Seen with JAX 0.12.0.1, Python 3.13, and the same with JAX 0.10.2, Python 3.11:
 #   cpu: exported
