@@ -1,6 +1,7 @@
 """Strict settings for every test: dtype and rank promotion, warnings, shapes, eight CPU devices."""
 
 import os
+import sys
 import tempfile
 from importlib.metadata import version
 
@@ -25,6 +26,7 @@ elif "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -32,3 +34,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Every annotated function of the package checks the shapes and dtypes it is given and returns.
 install_import_hook("vmamba_jax", "beartype.beartype")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the `vmamba-jax` command in this process: its status, output and errors."""
+    from vmamba_jax import cli  # noqa: PLC0415 - few tests need it
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vmamba-jax", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return code, captured.out, captured.err
+
+    return run

@@ -1,7 +1,7 @@
 """The analyze command: figures and numbers from image files, whole, interrupted or refused."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from vmamba_jax import cli, create_model, register_model
+from vmamba_jax import create_model, register_model
 from vmamba_jax.analysis.erf import effective_receptive_field
 from vmamba_jax.analysis.files import ImageFiles, label_by_folder
 from vmamba_jax.analysis.views import ResultFolder, Views
@@ -22,17 +22,8 @@ register_model("tiny", tiny.CONFIG)
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vmamba-jax", "analyze", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return code, captured.out, captured.err
-
-    return run
+def run(run):
+    return partial(run, "analyze")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import recipe
 import torch_writer
 from PIL import Image
 
-from vmamba_jax import VSSM, VMambaConfig, cli, list_models
+from vmamba_jax import VSSM, VMambaConfig, list_models
 from vmamba_jax.convert import load_model, load_torch_file, read_weights
 from vmamba_jax.data.augment import EvalTransform
 from vmamba_jax.imagenet import imagenet_classes
@@ -24,20 +24,6 @@ DATA = Path(__file__).parent / "data"
 FIXTURES = DATA / "fixtures"
 RELEASED = FIXTURES / "cls_released_v2.pth"
 TRAINING = FIXTURES / "cls_training_with_ema_and_yacs_config.pth"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vmamba-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

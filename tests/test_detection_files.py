@@ -1,7 +1,6 @@
 """Detection checkpoints and pictures: recognised, converted there and back, run by the command."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from PIL import Image
 
 from vmamba_jax import (
     MaskRCNN,
-    cli,
     create_backbone,
     create_detector,
     model_config,
@@ -48,18 +46,6 @@ def file(tmp_path_factory):
     assert isinstance(config, MaskRCNNConfig)
     register_model(NAME, config.backbone)
     return path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vmamba-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(str(ended.value.code)), captured.out, captured.err
-
-    return run
 
 
 def test_every_key_is_used_or_listed_with_a_reason(file):

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import tiny
 from jax.export import export, symbolic_shape
 
-from vmamba_jax import VSSM, UPerNet, cli
+from vmamba_jax import VSSM, UPerNet
 from vmamba_jax.convert.artifact import save_model
 from vmamba_jax.detection.config import MaskRCNNConfig
 from vmamba_jax.errors import CheckpointError
@@ -277,15 +278,8 @@ def test_a_failed_write_leaves_nothing_and_an_existing_file_stays(
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vmamba-jax", "export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(str(ended.value.code)), captured.out, captured.err
-
-    return run
+def run(run):
+    return partial(run, "export")
 
 
 def test_the_command_exports_a_checkpoint_with_names_and_preprocessing(run, variables, tmp_path):

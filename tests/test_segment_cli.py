@@ -1,7 +1,6 @@
 """The segment command as a user meets it: labels, pictures, one clear line for each mistake."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import recipe
 import torch_writer
 from PIL import Image
 
-from vmamba_jax import UPerNet, cli
+from vmamba_jax import UPerNet
 from vmamba_jax.convert import read_weights
 from vmamba_jax.segmentation import Inference
 from vmamba_jax.segmentation.config import UPerNetConfig
@@ -21,18 +20,6 @@ DATA = Path(__file__).parent / "data"
 CLASSIFIER = DATA / "fixtures" / "cls_released_v2.pth"
 CLASSES = [f"thing [{i}]" for i in range(7)]
 SMALL = ("--scale", 96, 64)  # a size that other tests compile too
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vmamba-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(str(ended.value.code)), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

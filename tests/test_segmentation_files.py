@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 from pathlib import Path
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 import recipe
 import torch_writer
 
-from vmamba_jax import UPerNet, cli, create_model, create_segmenter, register_model
+from vmamba_jax import UPerNet, create_model, create_segmenter, register_model
 from vmamba_jax.convert import CheckpointError, load_model, load_torch_file, read_weights
 from vmamba_jax.segmentation.config import UPerNetConfig
 
@@ -35,18 +34,6 @@ def file(tmp_path_factory):
     assert isinstance(config, UPerNetConfig)
     register_model(NAME, config.backbone)
     return path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vmamba-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(str(ended.value.code)), captured.out, captured.err
-
-    return run
 
 
 def test_every_key_is_used_or_listed_with_a_reason(file):
