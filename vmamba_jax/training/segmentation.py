@@ -49,9 +49,8 @@ from vmamba_jax.training.start import (
     say_which,
     weights_to_evaluate,
 )
-from vmamba_jax.training.state import abstract_variables, make_state
-from vmamba_jax.training.step import Batch, make_train_step
-from vmamba_jax.training.task import Learner, Task, Training
+from vmamba_jax.training.step import Batch
+from vmamba_jax.training.task import Learner, Task, Training, make_learner
 from vmamba_jax.typing import Variables
 
 _DRAWN = 8
@@ -172,32 +171,20 @@ def build_segmentation_learner(
 ) -> Learner:
     """Builds model, optimizer and update; needs neither data nor the mesh's devices."""
     size = config.data.crop_size
-    image_shape = (size, size, 3)
     model = _build_model(config, num_classes)
-    params = abstract_variables(model, image_shape)["params"]
-    optimizer = make_segmentation_optimizer(config.optimizer, model.config)
-    ema_decay = config.optimizer.ema_decay
 
     def images_and_labels(key: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         del key  # nothing is mixed
         return batch["image"], batch["label"].astype(jnp.int32)
 
-    return Learner(
-        model=model,
-        optimizer=optimizer,
-        init=make_state(
-            model, optimizer, image_shape=image_shape, seed=config.seed, ema=ema_decay > 0
-        ),
-        train_step=make_train_step(
-            model,
-            optimizer,
-            images_and_labels,
-            mesh,
-            loss=segmentation_loss,
-            ema_decay=ema_decay,
-            accumulation_steps=config.optimizer.accumulation_steps,
-        ),
-        params=params,
+    return make_learner(
+        config,
+        model,
+        make_segmentation_optimizer(config.optimizer, model.config),
+        images_and_labels,
+        mesh,
+        image_shape=(size, size, 3),
+        loss=segmentation_loss,
     )
 
 

@@ -26,9 +26,8 @@ from vmamba_jax.models.vssm import VSSM
 from vmamba_jax.preprocessing import Preprocessing, for_channels
 from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
-from vmamba_jax.training.state import abstract_variables, make_state
-from vmamba_jax.training.step import Augment, Batch, make_train_step
-from vmamba_jax.training.task import Learner
+from vmamba_jax.training.step import Augment, Batch
+from vmamba_jax.training.task import Learner, make_learner
 
 
 class Sources(NamedTuple):
@@ -162,24 +161,12 @@ def build_learner(
 ) -> Learner:
     """Builds model, optimizer and update; needs neither data nor the mesh's devices."""
     size = config.data.image_size
-    image_shape = (size, size, config.data.channels)
     model = build_model(config, architecture, num_classes=num_classes)
-    params = abstract_variables(model, image_shape)["params"]
-    optimizer = make_optimizer(config.optimizer, model.config)
-    steps, ema_decay = config.optimizer.accumulation_steps, config.optimizer.ema_decay
-    return Learner(
-        model=model,
-        optimizer=optimizer,
-        init=make_state(
-            model, optimizer, image_shape=image_shape, seed=config.seed, ema=ema_decay > 0
-        ),
-        train_step=make_train_step(
-            model,
-            optimizer,
-            build_augment(config.data, num_classes, steps),
-            mesh,
-            ema_decay=ema_decay,
-            accumulation_steps=steps,
-        ),
-        params=params,
+    return make_learner(
+        config,
+        model,
+        make_optimizer(config.optimizer, model.config),
+        build_augment(config.data, num_classes, config.optimizer.accumulation_steps),
+        mesh,
+        image_shape=(size, size, config.data.channels),
     )

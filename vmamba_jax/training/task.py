@@ -4,13 +4,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import optax
+from jax.sharding import Mesh
 
 from vmamba_jax.data import BatchIterator
 from vmamba_jax.training.evaluate import Result
 from vmamba_jax.training.interrupt import StopRequest
-from vmamba_jax.training.state import TrainState
-from vmamba_jax.training.step import TrainStep
+from vmamba_jax.training.segmentation_config import AnyRun
+from vmamba_jax.training.state import TrainState, abstract_variables, make_state
+from vmamba_jax.training.step import (
+    Augment,
+    Loss,
+    TrainStep,
+    make_train_step,
+    soft_cross_entropy,
+)
 from vmamba_jax.typing import Variables
 
 
@@ -30,6 +39,47 @@ class Learner(NamedTuple):
     init: Callable[[], TrainState]
     train_step: TrainStep
     params: object
+
+
+def make_learner(
+    config: AnyRun,
+    model: nn.Module,
+    optimizer: optax.GradientTransformationExtraArgs,
+    augment: Augment,
+    mesh: Mesh,
+    *,
+    image_shape: tuple[int, int, int],
+    loss: Loss = soft_cross_entropy,
+) -> Learner:
+    """What learns in a run: the parts of a task, put together as its settings say.
+
+    Args:
+        config: the run; of it the seed, the moving average and the accumulation.
+        model: the model.
+        optimizer: its optimizer.
+        augment: see `make_train_step`.
+        mesh: from `make_mesh`.
+        image_shape: height, width and channels of the training images.
+        loss: see `make_train_step`.
+    """
+    ema_decay = config.optimizer.ema_decay
+    return Learner(
+        model=model,
+        optimizer=optimizer,
+        init=make_state(
+            model, optimizer, image_shape=image_shape, seed=config.seed, ema=ema_decay > 0
+        ),
+        train_step=make_train_step(
+            model,
+            optimizer,
+            augment,
+            mesh,
+            loss=loss,
+            ema_decay=ema_decay,
+            accumulation_steps=config.optimizer.accumulation_steps,
+        ),
+        params=abstract_variables(model, image_shape)["params"],
+    )
 
 
 class Training(NamedTuple):
