@@ -27,6 +27,7 @@ from vmamba_jax.convert.artifact import describe_model
 from vmamba_jax.data import mix
 from vmamba_jax.models import VSSM
 from vmamba_jax.registry import register_model
+from vmamba_jax.run_folder import complete_steps
 from vmamba_jax.training import evaluate, loop
 from vmamba_jax.training.cli import main
 from vmamba_jax.training.metrics import MetricsLog
@@ -154,12 +155,18 @@ def _send_signals(phase: str, name: str, times: str) -> None:
 
 
 def _fill_disk(phase: str, folder: str) -> None:
-    """Has this process fill the disk of a folder when it enters a phase for the fourth time."""
+    """Has this process fill the disk of a folder when it enters a phase for the fourth time.
+
+    The run lies in that folder, and its first checkpoint is whole by then: it's saved beside the
+    training, and slower on a slow machine.
+    """
     phases = {"save": Checkpoints, "write": MetricsLog, "sync": MetricsLog}
     original, calls = getattr(phases[phase], phase), itertools.count(1)
 
     def entered(*args: Any, **options: Any) -> Any:
         if next(calls) == 4:
+            while not complete_steps(Path(folder, "run", "checkpoints")):
+                time.sleep(0.01)
             with suppress(OSError), Path(folder, "filler").open("wb", buffering=0) as filler:
                 while True:
                     filler.write(bytes(512))
