@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from vmamba_jax import ops
 from vmamba_jax.ops.layer_norm import EPSILON
 from vmamba_jax.ops.per_device import split_like
+from vmamba_jax.ops.residuals import keep
 from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Images, ResampledMap
 
 
@@ -170,9 +171,12 @@ class LayerNorm(nn.Module):
     """LayerNorm over the channels, in float32 whatever it is given: see `ops.layer_norm`.
 
     Attributes:
+        dtype: what the normalised map is rounded to, and kept in for the gradient, before it is
+            scaled.
         param_dtype: dtype of the parameters.
     """
 
+    dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -182,7 +186,7 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
         # Converted weights may still be NumPy arrays.
-        return ops.layer_norm(x, jnp.asarray(scale), jnp.asarray(bias))
+        return ops.layer_norm(x, jnp.asarray(scale), jnp.asarray(bias), self.dtype)
 
 
 class BatchNorm(nn.BatchNorm):
@@ -210,11 +214,16 @@ class BatchNorm(nn.BatchNorm):
         return y
 
 
-def norm(kind: str, train: bool, param_dtype: Dtype, name: str) -> LayerNorm | BatchNorm:
-    """The normalisation of a config: ``"ln"``, ``"ln2d"`` (the same, channels-last) or ``"bn"``."""
+def norm(
+    kind: str, train: bool, param_dtype: Dtype, name: str, dtype: Dtype = jnp.float32
+) -> LayerNorm | BatchNorm:
+    """The normalisation of a config: ``"ln"``, ``"ln2d"`` (the same, channels-last) or ``"bn"``.
+
+    `dtype` is that of `LayerNorm`; BatchNorm computes in float32.
+    """
     if kind == "bn":
         return BatchNorm(use_running_average=not train, param_dtype=param_dtype, name=name)
-    return LayerNorm(param_dtype=param_dtype, name=name)
+    return LayerNorm(dtype=dtype, param_dtype=param_dtype, name=name)
 
 
 class Dropout(nn.Module):
@@ -274,14 +283,14 @@ class PatchEmbed(nn.Module):
             x = convolve(self.features, patch, stride=patch, in_features=channels, name="conv")(
                 images
             )
-            return normalise(x, "norm")
+            return normalise(keep(x), "norm")
         stride = self.patch_size // 2
         half = self.features // 2
         overlapping = partial(convolve, kernel=stride + 1, stride=stride, padding=1)
         x = overlapping(half, in_features=channels, name="conv1")(images)
         x = activations["gelu"](normalise(x, "norm1"))
         x = overlapping(self.features, in_features=half, name="conv2")(x)
-        return normalise(x, "norm2")
+        return normalise(keep(x), "norm2")
 
 
 class PatchMerging(nn.Module):

@@ -22,7 +22,7 @@ from vmamba_jax.models.layers import (
 )
 from vmamba_jax.models.ss2d import SS2D
 from vmamba_jax.ops.per_device import batch_axes, split_like
-from vmamba_jax.ops.residuals import KEPT, keep
+from vmamba_jax.ops.residuals import POLICIES, Recompute, keep
 from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, ResampledMap
 
 
@@ -53,7 +53,7 @@ class VSSBlock(nn.Module):
         dtypes = dtypes_of(self)
 
         def residual(x: FeatureMap, branch: nn.Module, norm_name: str) -> FeatureMap:
-            normalise = norm(config.norm_layer, train, self.param_dtype, norm_name)
+            normalise = norm(config.norm_layer, train, self.param_dtype, norm_name, self.dtype)
             y = (
                 normalise(branch(x, train))  # pyright: ignore[reportCallIssue]
                 if config.post_norm
@@ -113,6 +113,9 @@ class VSSM(nn.Module):
         scan_blocks: run the blocks of a stage in a loop, so that they compile once. The parameters
             are the same ones and are stacked on the fly, a copy a call; random draws differ. Not
             with BatchNorm.
+        recompute: what of a block a gradient does not keep but compute again: its
+            ``"activations"`` and normalisations; its depthwise ``"convolutions"`` too, and most of
+            the patch embedding; or whole ``"blocks"``, as with the config's `use_checkpoint`.
     """
 
     config: VMambaConfig
@@ -120,6 +123,7 @@ class VSSM(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     scan_blocks: bool = False
+    recompute: Recompute = "activations"
 
     @nn.compact
     def __call__(
@@ -151,7 +155,10 @@ class VSSM(nn.Module):
         if out_indices is not None:
             _check_indices(out_indices, stages)
 
-        x = PatchEmbed(
+        embed = PatchEmbed
+        if self.recompute != "activations":
+            embed = nn.remat(PatchEmbed, static_argnums=(2,), policy=POLICIES["convolutions"])
+        x = embed(
             config.stage_dims[0],
             config.patch_size,
             config.patchembed_version,
@@ -213,7 +220,7 @@ class VSSM(nn.Module):
 
     def _kept(self) -> Callable[..., bool] | None:
         """What the gradient of a block does not compute again."""
-        return None if self.config.use_checkpoint else KEPT
+        return POLICIES["blocks" if self.config.use_checkpoint else self.recompute]
 
     def _loop(self, x: FeatureMap, stage: int, rates: list[float], train: bool) -> FeatureMap:
         """The blocks of a stage as one, with the parameters of each in turn."""
@@ -240,7 +247,8 @@ class VSSM(nn.Module):
             return y, None  # pyright: ignore[reportReturnType]
 
         block = jax.checkpoint(jax.jit(block), policy=self._kept())
-        x, _ = jax.lax.scan(block, x, (stacked, jnp.asarray(rates, jnp.float32), keys))
+        with jax.named_scope(f"layers_{stage}_blocks"):
+            x, _ = jax.lax.scan(block, x, (stacked, jnp.asarray(rates, jnp.float32), keys))
         return x
 
     def _downsample(self, x: FeatureMap, stage: int, train: bool) -> ResampledMap:

@@ -1,8 +1,8 @@
 """What lies in a device's memory where a compiled program needs most of it.
 
 Read from the text of the program, whose instructions XLA has put in order: an array is there from
-the instruction that makes it to the last one that reads it, in the layout that is written beside it,
-padding included. JAX names the layer and the operation that each instruction comes from.
+the instruction that makes it to the last one that reads it, in the layout that is written beside
+it, padding included. JAX names the layer and the operation that each instruction comes from.
 """
 
 import math
@@ -11,10 +11,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-# Of a path such as `jit(step)/transpose(jvp(VSSM))/while/body/closed_call/checkpoint/mlp/fc1/mul`.
+_MOVES = {"bitcast", "reshape", "copy", "transpose", "convert", "slice", "get-tuple-element"}
+"""Instructions whose result is an operand in other words."""
+
+_NAMES = {"tuple", "get-tuple-element", "bitcast"}
+"""Instructions that read nothing."""
+
 _NO_LAYER = re.compile(
-    r"\w*\(.*\)|while|body|cond|branch_\d+|closed_call|checkpoint|.*<locals>.*|.*\._\w+"
+    r"\w*\(.*\)|while|body|cond|branch_\d+_fun|closed_call|checkpoint|shard_map|.*<locals>.*|.*\._.*"
 )
+"""Of a path such as ``jit(step)/jvp(VSSM)/while/body/checkpoint/mlp/fc1/mul``, what is no layer."""
+
+_MOVED = re.compile(r".*(dynamic_update_slice|dynamic_slice|broadcast_in_dim|while|squeeze)|")
+"""Paths that don't tell what the array holds."""
 
 
 class Held(NamedTuple):
@@ -24,14 +33,14 @@ class Held(NamedTuple):
         layer: path of the module that made them, as far as the program knows it.
         kind: ``argument``, or the phase (``forward``, ``recomputed``, ``backward``) and operation.
         array: dtype and shape, such as ``bf16[64,56,56,96]``.
-        count: how many there are.
+        number: how many there are.
         size: bytes of all of them, as they are laid out.
     """
 
     layer: str
     kind: str
     array: str
-    count: int
+    number: int
     size: int
 
 
@@ -122,18 +131,17 @@ class _Walk:
         for name, is_entry, instructions in _computations(program):
             self.computations[name] = instructions
             self.entry = name if is_entry else self.entry
-        # Which argument's memory a result takes over.
-        aliases = re.findall(r"\{(\d+)\}: \((\d+), \{\}", program.partition("\n")[0])
-        self.donated = [(int(result), int(argument)) for result, argument in aliases]
+        # Results that are written over an argument which is donated.
+        aliases = re.findall(r"\{(\d+)\}: \(\d+, \{\}", program.partition("\n")[0])
+        self.over_arguments = [int(result) for result in aliases]
 
     def peak_of_entry(self) -> list[_Buffer]:
         scope = self.scope(self.entry, None)
         arguments = [b for b in scope.own if b.instruction.operation == "parameter"]
-        arguments.sort(key=lambda b: int(b.instruction.operands[0]))
         results = list(_leaves(scope.result))
         for argument in arguments:
             scope.last[argument] = 2**62
-        for result, argument in self.donated:
+        for result in self.over_arguments:
             if results[result] not in arguments:
                 results[result].size = 0
         return scope.peak()
@@ -144,14 +152,15 @@ class _Walk:
         scope = _Scope([], [], {}, {})
         for at, instruction in enumerate(instructions):
             operands = [values[o] for o in instruction.operands if o in values]
-            reads = list(_leaves(operands))
+            reads = [] if instruction.operation in _NAMES else list(_leaves(operands))
             scope.last.update(dict.fromkeys(reads, at))
 
             def make(kind: Any, *, reads: Any = reads, at: int = at, by: Any = instruction) -> Any:
                 if isinstance(kind, list):
                     return [make(part) for part in kind]
                 over = reads if by.operation == "fusion" else []
-                scope.own.append(_Buffer(*kind, name, by, at, over))
+                array, size = kind
+                scope.own.append(_Buffer(array, size, name, by, at, over))
                 return scope.own[-1]
 
             match instruction.operation:
@@ -174,7 +183,7 @@ class _Walk:
                     value = operands[0][1]
                 case "while":
                     value = operands[0]
-                    scope.inside[at] = self.loop(*instruction.called("body"), value)
+                    scope.inside[at] = self.loop(instruction.called("body")[0], value)
                 case "call" | "conditional":
                     value = make(instruction.type)
                     scope.inside[at] = self.branches(instruction, operands)
@@ -213,23 +222,28 @@ class _Walk:
 
     def path(self, computation: str, instruction: _Instruction) -> str:
         """Where an instruction comes from; of one that moves an array, where the array does."""
-        seen: list[str] = [instruction.path]
-        for _ in range(20):  # moves follow each other
-            if instruction.operation == "fusion":
-                (computation,) = instruction.called("calls")
-                instruction = list(self.computations[computation].values())[-1]
-            elif instruction.operation == "dynamic-update-slice":
-                instruction = self.computations[computation][instruction.operands[1]]
-            elif instruction.operation in _MOVES and instruction.operands:
-                instruction = self.computations[computation][instruction.operands[0]]
-            else:
-                break
-            seen.append(instruction.path)
-        named = [path for path in seen if path and not re.search("dynamic_update|broadcast", path)]
-        return (named or seen)[-1]
-
-
-_MOVES = {"bitcast", "reshape", "copy", "transpose", "convert", "tuple", "get-tuple-element"}
+        callers: list[tuple[str, _Instruction]] = []
+        path = instruction.path
+        for _ in range(32):
+            if not _MOVED.fullmatch(instruction.path):
+                return instruction.path
+            path = instruction.path or path
+            operand = 0
+            match instruction.operation:
+                case "fusion":
+                    callers.append((computation, instruction))
+                    (computation,) = instruction.called("calls")
+                    instruction = list(self.computations[computation].values())[-1]
+                    continue
+                case "parameter" if callers:
+                    operand = int(instruction.operands[0])
+                    computation, instruction = callers.pop()
+                case "dynamic-update-slice":
+                    operand = 1
+                case move if move not in _MOVES:
+                    break
+            instruction = self.computations[computation][instruction.operands[operand]]
+        return path
 
 
 def _computations(program: str) -> Iterator[tuple[str, bool, dict[str, _Instruction]]]:

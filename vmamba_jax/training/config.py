@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vmamba_jax._closest import closest
+from vmamba_jax.ops.residuals import Recompute
 from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from vmamba_jax.training.optimizer import OptimizerConfig
 from vmamba_jax.training.sharding import MeshConfig
@@ -25,6 +26,8 @@ class ModelConfig:
         use_checkpoint: recompute each block in the backward pass to save memory.
         dtype: precision of the computation; parameters and optimizer stay float32.
         scan_blocks: run the blocks of a stage in a loop, which compiles much sooner.
+        recompute: what of a block the backward pass computes again: its ``activations``, its
+            ``convolutions`` too, or whole ``blocks``, which is `use_checkpoint`.
     """
 
     name: str | None = "vmamba_digits"
@@ -32,6 +35,7 @@ class ModelConfig:
     use_checkpoint: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_blocks: bool = False
+    recompute: Recompute = "activations"
 
 
 @dataclasses.dataclass(frozen=True)

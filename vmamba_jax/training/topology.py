@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.constructors import PrimitiveConstructorSpec
 
+from vmamba_jax.training.buffers import held_at_peak
 from vmamba_jax.training.chips import SLICES, TopologyError, describe, memory_of
 from vmamba_jax.training.config import RunConfig, to_json
 from vmamba_jax.training.setup import build_learner
@@ -29,6 +30,8 @@ from vmamba_jax.training.state import abstract_state
 
 _GIB = 2**30
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+_SHOWN = 30
+"""Entries of what is held at the peak that are printed; the report has all."""
 
 _Slice = PrimitiveConstructorSpec(
     nargs=1,
@@ -50,11 +53,13 @@ class CompileConfig(RunConfig):
             are v4, v5e, v5p, v6e and tpu7x.
         num_classes: classes of the head; the data set is not opened.
         output: also write the report here, as JSON.
+        explain: also list what a device holds at the peak of its memory, by layer and operation.
     """
 
     topology: Annotated[str, _Slice] = "v5e:4x4"
     num_classes: int = 1000
     output: Path | None = None
+    explain: bool = False
 
 
 def compile_for_topology(config: CompileConfig, console: Console | None = None) -> dict[str, Any]:
@@ -65,7 +70,8 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
         console: where the report is printed; standard output by default.
 
     Returns:
-        The report: parameters, bytes per device, collectives, compile time, versions.
+        The report: parameters, bytes per device, collectives, compile time, versions; and, to
+        `explain`, what is held at the peak.
 
     Raises:
         TopologyError: if libtpu is missing, the topology is unknown, or the step does not fit.
@@ -105,7 +111,8 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
             raise TopologyError(
                 f"the training step does not fit the memory of a device of {config.topology}: use "
                 "more chips, a smaller data.batch-size, optimizer.accumulation-steps, "
-                f"model.use-checkpoint or mesh.fsdp. The compiler says: {str(error)[:600]}"
+                "model.scan-blocks, model.recompute or mesh.fsdp. The compiler says: "
+                + (str(error) if config.explain else str(error)[:600])
             ) from error
     seconds = time.perf_counter() - start
 
@@ -116,6 +123,7 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
         "temporaries": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
     }
+    program = compiled.as_text()
     total = sum(per_device.values())
     available = memory_of(devices[0])
     report = {
@@ -130,12 +138,14 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
         "bytes_per_device": per_device | {"total": total},
         "memory_of_a_device": available,
         "fits": available is None or total <= available,
-        "collectives": _collectives(compiled.as_text()),
+        "collectives": _collectives(program),
         "lowering_seconds": round(lowered_after, 1),
         "compile_seconds": round(seconds - lowered_after, 1),
         "versions": {name: version(name) for name in ("jax", "libtpu", "flax", "optax")},
         "config": to_json(dataclasses.replace(config, output=None)),
     }
+    if config.explain:
+        report["held_at_peak"] = [held._asdict() for held in held_at_peak(program)]
     _print(report, console)
     if config.output is not None:
         config.output.write_text(json.dumps(report, indent=2) + "\n")
@@ -161,4 +171,28 @@ def _print(report: dict[str, Any], console: Console) -> None:
     for name, count in report["collectives"].items():
         table.add_row(name, str(count))
     table.add_row("compile time", f"{report['compile_seconds']:.0f} s")
+    console.print(table)
+    if "held_at_peak" in report:
+        _print_held(report["held_at_peak"], console)
+
+
+def _print_held(held: list[dict[str, Any]], console: Console) -> None:
+    """The largest entries, and the sum of the others."""
+    total = sum(entry["size"] for entry in held)
+    table = Table(title=f"held at the peak, on a device: {total / _GIB:.2f} GiB")
+    for name in ("layer", "made by", "array"):
+        table.add_column(name, overflow="fold")
+    for name in ("number", "MiB", "share"):
+        table.add_column(name, justify="right")
+
+    def add(layer: str, kind: str, array: str, entries: list[dict[str, Any]]) -> None:
+        number, size = (sum(entry[name] for entry in entries) for name in ("number", "size"))
+        table.add_row(layer, kind, array, str(number), f"{size / 2**20:.1f}", f"{size / total:.1%}")
+
+    arguments = [entry for entry in held if entry["kind"] == "argument"]
+    others = [entry for entry in held if entry["kind"] != "argument"]
+    add("parameters, optimizer, batch", "argument", "", arguments)
+    for entry in others[:_SHOWN]:
+        add(entry["layer"], entry["kind"], entry["array"], [entry])
+    add(f"{len(others[_SHOWN:])} others", "", "", others[_SHOWN:])
     console.print(table)
