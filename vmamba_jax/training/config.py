@@ -26,8 +26,10 @@ class ModelConfig:
         use_checkpoint: recompute each block in the backward pass to save memory.
         dtype: precision of the computation; parameters and optimizer stay float32.
         scan_blocks: run the blocks of a stage in a loop, which compiles much sooner.
-        recompute: what of a block the backward pass computes again: its ``activations``, its
-            ``convolutions`` too, or whole ``blocks``, which is `use_checkpoint`.
+        recompute: what of a block the backward pass computes again to save memory: its
+            ``activations``, its ``convolutions`` too, or whole ``blocks``, which is
+            `use_checkpoint`; ``auto`` takes the first of them whose step fits the devices, found
+            out by compiling (on a CPU, which does not say how much it has, ``activations``).
     """
 
     name: str | None = "vmamba_digits"
@@ -35,7 +37,7 @@ class ModelConfig:
     use_checkpoint: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_blocks: bool = False
-    recompute: Recompute = "activations"
+    recompute: Recompute | Literal["auto"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,7 +90,7 @@ def as_in_run(config: ModelConfig, architecture: VMambaConfig) -> VSSM:
         architecture,
         dtype=jnp.dtype(config.dtype),
         scan_blocks=config.scan_blocks,
-        recompute=config.recompute,
+        recompute="activations" if config.recompute == "auto" else config.recompute,
     )
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 from tyro.constructors import PrimitiveConstructorSpec
@@ -23,10 +22,16 @@ from tyro.constructors import PrimitiveConstructorSpec
 from vmamba_jax.training.buffers import held_at_peak
 from vmamba_jax.training.chips import SLICES, TopologyError, describe, memory_of
 from vmamba_jax.training.config import RunConfig, to_json
+from vmamba_jax.training.fit import (
+    DoesNotFitError,
+    bytes_of,
+    choices,
+    compile_step,
+    lower_step,
+)
 from vmamba_jax.training.setup import build_learner
-from vmamba_jax.training.sharding import batch_sharding, check_batch_size, make_mesh, replicated
+from vmamba_jax.training.sharding import check_batch_size, make_mesh
 from vmamba_jax.training.start import architecture_of
-from vmamba_jax.training.state import abstract_state
 
 _GIB = 2**30
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
@@ -81,51 +86,37 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
     devices = describe(config.topology)
     mesh = make_mesh(config.mesh, devices)
     check_batch_size(config.data.batch_size, mesh, config.optimizer.accumulation_steps)
-    # The kinds of device say how to scan; the devices themselves can't hold as much as a constant.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        learner = build_learner(
-            config, architecture_of(config), num_classes=config.num_classes, mesh=mesh
-        )
-        state = abstract_state(learner.init, mesh)
-    size, batch_size = config.data.image_size, config.data.batch_size
-
-    def split(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-
-    batch = {
-        "image": split((batch_size, size, size, config.data.channels), jnp.float32),
-        "label": split((batch_size,), jnp.int32),
-    }
-    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    available = memory_of(devices[0])
     console.print(f"compiling for {mesh.size} devices of {config.topology}: takes some minutes")
-    start = time.perf_counter()
-    with jax.set_mesh(mesh):
-        train_step: Any = learner.train_step
-        lowered = train_step.lower(state, batch, rate)
+    refusal = None
+    for choice in choices(config):
+        start = time.perf_counter()
+        # The kinds of device say how to scan.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            learner = build_learner(
+                choice, architecture_of(choice), num_classes=choice.num_classes, mesh=mesh
+            )
+        lowered = lower_step(choice, learner, mesh)
         lowered_after = time.perf_counter() - start
         try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
-                raise
-            raise TopologyError(
-                f"the training step does not fit the memory of a device of {config.topology}: use "
-                "more chips, a smaller data.batch-size, optimizer.accumulation-steps, "
-                "model.scan-blocks, model.recompute or mesh.fsdp. The compiler says: "
-                + (str(error) if config.explain else str(error)[:600])
-            ) from error
+            compiled = compile_step(lowered, available)
+        except DoesNotFitError as error:
+            refusal = error
+            console.print(f"with model.recompute {choice.model.recompute} it does not fit")
+        else:
+            break
+    else:
+        raise TopologyError(
+            f"the training step does not fit the memory of a device of {config.topology}: use "
+            "more chips, a smaller data.batch-size, optimizer.accumulation-steps, "
+            "model.scan-blocks, model.recompute or mesh.fsdp. The compiler says: "
+            + (str(refusal) if config.explain else str(refusal)[:600])
+        ) from refusal
     seconds = time.perf_counter() - start
 
-    memory = compiled.memory_analysis()
-    per_device = {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs_not_aliased": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
-    }
-    program = compiled.as_text()
+    program = str(compiled.as_text())
+    per_device = bytes_of(compiled)
     total = sum(per_device.values())
-    available = memory_of(devices[0])
     report = {
         "topology": config.topology,
         "devices": mesh.size,
@@ -133,8 +124,9 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
         "mesh": dict(mesh.shape),
         "model": config.model_name,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(learner.params)),
-        "global_batch": batch_size,
-        "images_per_device": batch_size // mesh.size,
+        "recompute": choice.model.recompute,
+        "global_batch": choice.data.batch_size,
+        "images_per_device": choice.data.batch_size // mesh.size,
         "bytes_per_device": per_device | {"total": total},
         "memory_of_a_device": available,
         "fits": available is None or total <= available,
@@ -162,6 +154,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
     table = Table(title=f"{report['model']} on {report['topology']}", show_header=False)
     table.add_row("parameters", f"{report['parameters']:,}")
     table.add_row("chips", f"{report['chips']} ({report['devices']} devices)")
+    table.add_row("computed again", report["recompute"])
     table.add_row("images", f"{report['global_batch']} ({report['images_per_device']} a device)")
     for name, size in report["bytes_per_device"].items():
         table.add_row(f"{name.replace('_', ' ')} a device", f"{size / _GIB:.2f} GiB")
