@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from vmamba_jax import ops
 from vmamba_jax.ops.layer_norm import EPSILON
 from vmamba_jax.ops.per_device import split_like
-from vmamba_jax.ops.residuals import keep
 from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Images, ResampledMap
 
 
@@ -283,14 +282,14 @@ class PatchEmbed(nn.Module):
             x = convolve(self.features, patch, stride=patch, in_features=channels, name="conv")(
                 images
             )
-            return normalise(keep(x), "norm")
+            return normalise(x, "norm")
         stride = self.patch_size // 2
         half = self.features // 2
         overlapping = partial(convolve, kernel=stride + 1, stride=stride, padding=1)
         x = overlapping(half, in_features=channels, name="conv1")(images)
         x = activations["gelu"](normalise(x, "norm1"))
         x = overlapping(self.features, in_features=half, name="conv2")(x)
-        return normalise(keep(x), "norm2")
+        return normalise(x, "norm2")
 
 
 class PatchMerging(nn.Module):

@@ -114,8 +114,8 @@ class VSSM(nn.Module):
             are the same ones and are stacked on the fly, a copy a call; random draws differ. Not
             with BatchNorm.
         recompute: what of a block a gradient does not keep but compute again: its
-            ``"activations"`` and normalisations; its depthwise ``"convolutions"`` too, and most of
-            the patch embedding; or whole ``"blocks"``, as with the config's `use_checkpoint`.
+            ``"activations"`` and normalisations; its depthwise ``"convolutions"`` and the patch
+            embedding too; or whole ``"blocks"``, as with the config's `use_checkpoint`.
     """
 
     config: VMambaConfig
@@ -157,7 +157,7 @@ class VSSM(nn.Module):
 
         embed = PatchEmbed
         if self.recompute != "activations":
-            embed = nn.remat(PatchEmbed, static_argnums=(2,), policy=POLICIES["convolutions"])
+            embed = nn.remat(PatchEmbed, static_argnums=(2,), policy=POLICIES["blocks"])
         x = embed(
             config.stage_dims[0],
             config.patch_size,

@@ -33,12 +33,14 @@ def layer_norm(
     Returns:
         y in float32, or wider if `x` is.
     """
-    scale, bias = (
-        w.astype(wide(x.dtype)).reshape((1,) * (x.ndim - 1) + w.shape) for w in (scale, bias)
-    )
     if dtype is None or jnp.dtype(dtype).itemsize >= x.dtype.itemsize:
         return _keeps_x(x, scale, bias)
-    return _keeps_quotient(x, scale, bias, jnp.dtype(dtype))
+    return _keeps_quotient(x, *_like(x, scale, bias), jnp.dtype(dtype))
+
+
+def _like(x: Array, *weights: Array) -> tuple[Array, ...]:
+    """Weights of each channel, of the rank of `x`."""
+    return tuple(w.astype(wide(x.dtype)).reshape((1,) * (x.ndim - 1) + w.shape) for w in weights)
 
 
 def _quotient(x: Array) -> tuple[Array, Array]:
@@ -52,7 +54,9 @@ def _quotient(x: Array) -> tuple[Array, Array]:
 
 @jax.checkpoint  # a gradient keeps the input, and no normalised copy of it
 def _keeps_x(x: Array, scale: Array, bias: Array) -> Array:
-    return _quotient(x)[0] * scale + bias
+    quotient, _ = _quotient(x)
+    scale, bias = _like(x, scale, bias)
+    return quotient * scale + bias
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -65,7 +69,9 @@ def _keeps_quotient(x: Array, scale: Array, bias: Array, dtype: jnp.dtype) -> Ar
 def _keeps_quotient_jvp(dtype: jnp.dtype, primals, tangents):
     (x, scale, bias), (dx, dscale, dbias) = primals, tangents
     quotient, inverse = _quotient(x)
-    quotient = keep(quotient.astype(dtype)).astype(quotient.dtype)
+    # Behind the barrier XLA can't make it again from a wider map, and keep that one until then.
+    kept = keep(jax.lax.optimization_barrier(quotient.astype(dtype)))
+    quotient = kept.astype(quotient.dtype)
     inverse = keep(inverse[..., 0])[..., None]
     dx = dx.astype(quotient.dtype)
     along = (dx * quotient).mean(axis=-1, keepdims=True)

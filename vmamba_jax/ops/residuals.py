@@ -19,7 +19,7 @@ keep = partial(checkpoint_name, name=_DEAR)
 """Marks arrays that are dear to compute again: products, scans; and what stands for them."""
 
 keep_convolution = partial(checkpoint_name, name=_CONVOLUTION)
-"""Marks depthwise convolutions: in float32, for a hundredth of a block's operations."""
+"""Marks what a depthwise convolution pads and returns: a hundredth of a block's operations."""
 
 Recompute = Literal["activations", "convolutions", "blocks"]
 
