@@ -87,7 +87,10 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
     batch = {
-        "image": split((batch_size, size, size, config.data.channels), jnp.float32),
+        "image": split(
+            (batch_size, size, size, config.data.channels),
+            jnp.uint8 if config.data.channels == 3 else jnp.float32,
+        ),
         "label": split((batch_size,), jnp.int32),
     }
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
