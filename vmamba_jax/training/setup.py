@@ -91,6 +91,7 @@ def as_in_run(config: ModelConfig, architecture: VMambaConfig) -> VSSM:
         architecture,
         dtype=jnp.dtype(config.dtype),
         scan_blocks=config.scan_blocks,
+        precision=None if config.precision == "default" else config.precision,
     )
 
 
