@@ -115,13 +115,20 @@ def _bytes(plan: Plan, sizes: Sizes, u_bytes: int, z_bytes: int) -> int:
     wide = plan.block * plan.rows * lanes
     narrow = plan.block * plan.rows * _whole(sizes.routes * sizes.projected, LANES)
     weights = (_whole(states + 2, 8) + _whole(sizes.rank, 8)) * lanes
-    of_routes = sizes.routes * -(-sizes.channels // plan.lanes)
-    blocks = wide * (u_bytes + 8) + narrow * (z_bytes + 4) + 4 * weights * (1 + of_routes)
+    parts = -(-sizes.channels // plan.lanes)
+    dz_bytes = z_bytes if parts == 1 else 4
+    blocks = wide * (2 * u_bytes + 4) + narrow * (z_bytes + dz_bytes)
+    blocks += 4 * weights * (1 + sizes.routes * parts)
     chunks = -(-plan.block // plan.chunk)
-    in_all = -(-sizes.channels // plan.lanes)
     per_step = lanes * (states + 2) + 2 * _whole(sizes.projected, LANES)
-    scratch = plan.chunk * per_step + lanes * (states * (chunks + in_all) + states + 2)
-    return plan.buffers * blocks + 4 * plan.rows * scratch
+    scratch = plan.chunk * per_step + lanes * (states * (chunks + parts) + states + 2)
+    total = 4 * wide if _summed(sizes, u_bytes) else 0
+    return plan.buffers * blocks + 4 * plan.rows * scratch + total
+
+
+def _summed(sizes: Sizes, u_bytes: int) -> bool:
+    """Whether the gradient of u is added up beside its result, which has not float32's bits."""
+    return sizes.routes > 1 and u_bytes < 4
 
 
 def _whole(number: int, unit: int) -> int:
@@ -176,8 +183,17 @@ class Blocks:
     def wide(self, dtype: Any) -> jax.ShapeDtypeStruct:
         return self._array(self.length, self.batch, self.sizes.channels, dtype=dtype)
 
-    def narrow(self) -> jax.ShapeDtypeStruct:
-        return self._array(self.length, self.batch, self.packed)
+    def narrow(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        return self._array(self.length, self.batch, self.packed, dtype=dtype)
+
+    def dz_dtype(self, z: Array) -> Any:
+        """Sums over several parts of the channels are float32."""
+        return z.dtype if self.grid[2] == 1 else jnp.float32
+
+    def total(self, dtype: Any) -> Any:
+        """Scratch for a float32 sum over the routes where the result is not float32."""
+        positions = self.plan.block if _summed(self.sizes, jnp.dtype(dtype).itemsize) else 1
+        return pltpu.VMEM((positions, self.plan.rows, self.plan.lanes), jnp.float32)
 
     def entering(self) -> jax.ShapeDtypeStruct:
         return self._array(self.grid[1], self.sizes.states, self.batch, self.sizes.channels)

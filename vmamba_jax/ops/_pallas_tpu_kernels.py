@@ -59,13 +59,14 @@ def backward(
             *[at.entering_spec] * len(entering),
         ],
         out_specs=[at.wide_spec, at.narrow_spec, *at.sum_specs],
-        out_shape=[at.wide(jnp.float32), at.narrow(), *at.sums],
+        out_shape=[at.wide(u.dtype), at.narrow(at.dz_dtype(z)), *at.sums],
         scratch_shapes=[
             at.state,
             pltpu.VMEM((-(-plan.block // plan.chunk), sizes.states, rows, lanes), jnp.float32),
             at.of_chunk(sizes.states, lanes),
             *[at.of_chunk(width) for width in (at.width, lanes, lanes, at.width)],
             pltpu.VMEM((sizes.states + 2, rows, lanes), jnp.float32),
+            at.total(u.dtype),
         ],
         compiler_params=_parameters(plan),
         interpret=scan.interpret,
@@ -81,7 +82,7 @@ def backward(
         d.swapaxes(2, 3).reshape(*d.shape[:2], d.shape[3], parts * lanes)
         for d in (dweights, dlift)
     )
-    return at.unlay(du, u.shape[2]).astype(u.dtype), dz.astype(z.dtype), dweights, dlift
+    return at.unlay(du, u.shape[2]), dz.astype(z.dtype), dweights, dlift
 
 
 def _parameters(plan: Plan) -> pltpu.CompilerParams:
@@ -125,10 +126,13 @@ def _forward_kernel(at, u, z, weights, lift, y, *rest, sizes: Sizes, plan: Plan,
 
 
 def _backward_kernel(at, u, z, weights, lift, dy, *rest, sizes: Sizes, plan: Plan, scan: Scan):
-    """`starts` holds the state entering each chunk, `before` those before a chunk's steps, and
-    `after` the gradient arriving from later steps."""
-    *entering, du, dz, dweights, dlift = rest[:-8]
-    after, starts, before, z_chunk, delta, ddelta, dz_chunk, sums = rest[-8:]
+    """Writes the gradients of u, z and the weights.
+
+    `starts` holds the state entering each chunk, `before` those before a chunk's steps, `after` the
+    gradient arriving from later steps, and `total` du in float32 until all routes are added.
+    """
+    *entering, du, dz, dweights, dlift = rest[:-9]
+    after, starts, before, z_chunk, delta, ddelta, dz_chunk, sums, total = rest[-9:]
     block, part, route = (pl.program_id(axis) for axis in (1, 2, 3))
     after, dweights, dlift = after.at[part], dweights.at[route, part], dlift.at[route, part]
     chunks, states = -(-plan.block // plan.chunk), range(sizes.states)
@@ -192,8 +196,10 @@ def _backward_kernel(at, u, z, weights, lift, dy, *rest, sizes: Sizes, plan: Pla
         ddelta_t = slope * (ddrive * u_t + dsize)
         du_t = ddrive * size + skip * dy_t
         if sizes.routes > 1:
-            du_t += jnp.where(route == 0, 0.0, du[p])
-        du[p] = du_t
+            so_far = total if du.dtype != jnp.float32 else du
+            du_t += jnp.where(route == 0, 0.0, so_far[p])
+            so_far[p] = du_t
+        du[p] = du_t.astype(du.dtype)
         ddelta[t] = ddelta_t
         dz_chunk[t] = dz_t
         sums[sizes.states] += dy_t * u_t
@@ -284,7 +290,7 @@ def _lower(start, steps, at, dz, lift, dlift, z_chunk, ddelta, dz_chunk, route, 
         if packed > width:
             dz_t = jnp.pad(dz_t, ((0, 0), (0, packed - width)))
         p = at[0, start + t]
-        dz[p] += _turn(dz_t, route, sizes)
+        dz[p] += _turn(dz_t, route, sizes).astype(dz.dtype)
         return 0
 
     jax.lax.fori_loop(0, steps, scatter, 0)
