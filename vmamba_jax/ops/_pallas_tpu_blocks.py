@@ -61,6 +61,16 @@ class Sizes(NamedTuple):
         """Numbers that a position projects to for one route."""
         return self.rank + 2 * self.states
 
+    @property
+    def together(self) -> int:
+        """Positions whose numbers, of all routes, lie side by side in a register: a power of 2."""
+        return 2 ** max(0, (LANES // (self.routes * self.projected)).bit_length() - 1)
+
+    @property
+    def packed(self) -> int:
+        """Lanes that they take."""
+        return _whole(self.routes * self.projected, LANES)
+
 
 class Plan(NamedTuple):
     """The sizes of the blocks."""
@@ -93,7 +103,9 @@ def plan(sizes: Sizes, u_bytes: int, z_bytes: int) -> Plan | None:
         longest = min(longest, max(8, 2**19 // (row * lane)))  # noqa: PLW2901
         block = -(-sizes.length // part)
         chunk = chunk_length(block, longest)
-        block = block if part == 1 else -(-block // chunk) * chunk
+        if part > 1:
+            chunk = _whole(chunk, sizes.together)
+            block = _whole(block, chunk)
         candidate = Plan(row, lane, block, chunk, buffer, vmem)
         if _bytes(candidate, sizes, u_bytes, z_bytes) <= vmem * 15 // 16:
             return candidate
@@ -113,7 +125,7 @@ def _bytes(plan: Plan, sizes: Sizes, u_bytes: int, z_bytes: int) -> int:
     """Of VMEM that the gradient's kernel takes."""
     lanes, states = _whole(plan.lanes, LANES), sizes.states
     wide = plan.block * plan.rows * lanes
-    narrow = plan.block * plan.rows * _whole(sizes.routes * sizes.projected, LANES)
+    narrow = -(-plan.block // sizes.together) * plan.rows * sizes.packed
     weights = (_whole(states + 2, 8) + _whole(sizes.rank, 8)) * lanes
     parts = -(-sizes.channels // plan.lanes)
     dz_bytes = z_bytes if parts == 1 else 4
@@ -144,7 +156,7 @@ class Blocks:
         self.length = _whole(sizes.length, plan.block)
         self.last_first = scan.order == "reverse"
         self.width = _whole(sizes.projected, LANES)
-        self.packed = _whole(sizes.routes * sizes.projected, LANES)
+        self.rows_of_z = -(-plan.block // sizes.together)
         # Inside `jax.shard_map` a kernel must say that results differ between devices as `u` does.
         self._varying = jax.typeof(like).manual_axis_type
         blocks, parts = self.length // plan.block, sizes.channels // plan.lanes
@@ -160,7 +172,9 @@ class Blocks:
             (None, 1, plan.block), lambda b, z, c, k: (k, 0, 0), memory_space=pltpu.SMEM
         )
         self.wide_spec = spec((plan.block, rows, lanes), lambda b, z, c, k: (now(z), b, c))
-        self.narrow_spec = spec((plan.block, rows, self.packed), lambda b, z, c, k: (now(z), b, 0))
+        self.narrow_spec = spec(
+            (self.rows_of_z, rows, sizes.packed), lambda b, z, c, k: (now(z), b, 0)
+        )
         self.weights_spec = pl.BlockSpec((None, *weights), lambda b, z, c, k: (k, 0, c))
         self.lift_spec = pl.BlockSpec((None, sizes.rank, lanes), lambda b, z, c, k: (k, 0, c))
         self.entering_spec = pl.BlockSpec(
@@ -184,7 +198,8 @@ class Blocks:
         return self._array(self.length, self.batch, self.sizes.channels, dtype=dtype)
 
     def narrow(self, dtype: Any) -> jax.ShapeDtypeStruct:
-        return self._array(self.length, self.batch, self.packed, dtype=dtype)
+        length = self.grid[1] * self.rows_of_z
+        return self._array(length, self.batch, self.sizes.packed, dtype=dtype)
 
     def dz_dtype(self, z: Array) -> Any:
         """Sums over several parts of the channels are float32."""
@@ -201,16 +216,32 @@ class Blocks:
     def _array(self, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=self._varying)
 
-    def lay(self, a: Array, width: int) -> Array:
-        """``(B, L, ...) -> (L, B, width)``, filled up with zeros."""
-        a = a.reshape(*a.shape[:2], -1)
+    def lay(self, a: Array) -> Array:
+        """``(B, L, X) -> (L, B, X)``, filled up with zeros."""
         # What a sequence is filled up with is scanned last.
         after = (0, self.length - a.shape[1])
         after = after[::-1] if self.last_first else after
-        pads = ((0, self.batch - a.shape[0]), after, (0, width - a.shape[2]))
-        return jnp.pad(a, pads).swapaxes(0, 1)
+        return jnp.pad(a, ((0, self.batch - a.shape[0]), after, (0, 0))).swapaxes(0, 1)
 
-    def unlay(self, a: Array, width: int) -> Array:
-        """Undoes `lay`, but for the shape of what was ``...``."""
+    def unlay(self, a: Array) -> Array:
+        """Undoes `lay`."""
         a = a[-self.sizes.length :] if self.last_first else a[: self.sizes.length]
-        return a.swapaxes(0, 1)[: self.sizes.batch, :, :width]
+        return a.swapaxes(0, 1)[: self.sizes.batch]
+
+    def pack(self, z: Array) -> Array:
+        """``(B, L, K, E) -> (L / together, B, packed)``, filled up with zeros."""
+        together, packed = self.sizes.together, self.sizes.packed
+        z = self.lay(z.reshape(*z.shape[:2], -1))
+        more, slot = self.grid[1] * self.rows_of_z * together - z.shape[0], packed // together
+        z = jnp.pad(z, ((0, more), (0, 0), (0, slot - z.shape[2])))
+        z = z.reshape(-1, together, self.batch, slot).swapaxes(1, 2)
+        return z.reshape(-1, self.batch, packed)
+
+    def unpack(self, z: Array) -> Array:
+        """Undoes `pack`."""
+        sizes = self.sizes
+        z = z.reshape(z.shape[0], self.batch, sizes.together, -1).swapaxes(1, 2)
+        z = z.reshape(-1, self.batch, z.shape[3])[
+            : self.length, :, : sizes.routes * sizes.projected
+        ]
+        return self.unlay(z).reshape(sizes.batch, sizes.length, sizes.routes, sizes.projected)

@@ -37,8 +37,8 @@ def forward(
         compiler_params=_parameters(plan),
         interpret=scan.interpret,
         name="selective_scan",
-    )(at.positions, at.lay(u, u.shape[2]), at.lay(z, at.packed), weights, lift)
-    return (at.unlay(y, u.shape[2]), *(e[:, :, : sizes.batch] for e in entering))
+    )(at.positions, at.lay(u), at.pack(z), weights, lift)
+    return (at.unlay(y), *(e[:, :, : sizes.batch] for e in entering))
 
 
 def backward(
@@ -73,16 +73,15 @@ def backward(
         name="selective_scan_gradient",
     )(
         at.positions,
-        *(at.lay(u, u.shape[2]), at.lay(z, at.packed), weights, lift, at.lay(dy, u.shape[2])),
+        *(at.lay(u), at.pack(z), weights, lift, at.lay(dy)),
         *(jnp.pad(e, ((0, 0), (0, 0), (0, more), (0, 0))) for e in entering),
     )
-    dz = at.unlay(dz, sizes.routes * sizes.projected).reshape(z.shape)
     dweights, dlift = (
         # (parts of the batch, K, parts of C, X, lanes) -> (parts of the batch, K, X, C)
         d.swapaxes(2, 3).reshape(*d.shape[:2], d.shape[3], parts * lanes)
         for d in (dweights, dlift)
     )
-    return at.unlay(du, u.shape[2]), dz.astype(z.dtype), dweights, dlift
+    return at.unlay(du), at.unpack(dz).astype(z.dtype), dweights, dlift
 
 
 def _parameters(plan: Plan) -> pltpu.CompilerParams:
@@ -267,8 +266,8 @@ def _lift(start, steps, at, z, weights, lift, z_chunk, delta, route, sizes: Size
     width = z_chunk.shape[2]
 
     def gather(t, _):
-        z_t = z[at[0, start + t]].astype(jnp.float32)
-        z_chunk[t] = _turn(z_t, -route, sizes)[:, :width]
+        row, lane = _place(at[0, start + t], route, sizes)
+        z_chunk[t] = _turn(z[row].astype(jnp.float32), -lane, sizes)[:, :width]
         return 0
 
     jax.lax.fori_loop(0, steps, gather, 0)
@@ -289,18 +288,23 @@ def _lower(start, steps, at, dz, lift, dlift, z_chunk, ddelta, dz_chunk, route, 
         dz_t = dz_chunk[t]
         if packed > width:
             dz_t = jnp.pad(dz_t, ((0, 0), (0, packed - width)))
-        p = at[0, start + t]
-        dz[p] += _turn(dz_t, route, sizes).astype(dz.dtype)
+        row, lane = _place(at[0, start + t], route, sizes)
+        dz[row] += _turn(dz_t, lane, sizes).astype(dz.dtype)
         return 0
 
     jax.lax.fori_loop(0, steps, scatter, 0)
 
 
-def _turn(a, routes, sizes: Sizes):
-    """Moves the lanes along by the numbers of so many routes."""
-    if sizes.routes == 1:
+def _place(p, route, sizes: Sizes):
+    """In which row the numbers of a position and a route lie, and from which lane on."""
+    bits, slot = sizes.together.bit_length() - 1, sizes.packed // sizes.together
+    return p >> bits, (p & (sizes.together - 1)) * slot + route * sizes.projected
+
+
+def _turn(a, by, sizes: Sizes):
+    """Moves all lanes along."""
+    if sizes.routes == sizes.together == 1:
         return a
-    by = routes * sizes.projected
     return pltpu.roll(a, jnp.where(by < 0, by + a.shape[1], by), 1)
 
 
