@@ -1,7 +1,9 @@
-"""Bytes that cross HBM for a Pallas TPU kernel, counted from its grid and block specs."""
+"""Bytes that cross HBM: for a Pallas TPU kernel, from its block specs, and for what is around it."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -42,15 +44,55 @@ def crossings(function: Callable[..., Any], *arguments: Any) -> list[Crossing]:
         return record
 
     with mock.patch.object(pl, "pallas_call", recorded):
-        jax.eval_shape(function, *arguments)
+        jax.eval_shape(lambda *arrays: function(*arrays), *arguments)  # never a cached trace
     return met
 
 
 def _bytes(spec: Any, array: Any, grid: Sequence[int]) -> tuple[int, int]:
     visited = [spec.index_map(*now) for now in np.ndindex(*grid)]
-    moves = 1 + sum(a != b for a, b in zip(visited, visited[1:], strict=False))
+    moves = 1 + sum(before != now for before, now in pairwise(visited))
     block = [1 if size is None else size for size in spec.block_shape]
     size = moves * jnp.dtype(array.dtype).itemsize
     *outer, rows, lanes = block
     tiled = (*outer, -(-rows // 8) * 8, -(-lanes // 128) * 128)
     return size * math.prod(block), size * math.prod(tiled)
+
+
+# Of a module's instructions, those that move nothing by themselves.
+_FREE = {
+    "parameter",
+    "constant",
+    "bitcast",
+    "tuple",
+    "get-tuple-element",
+    "custom-call",
+    "copy-done",
+}
+_ARRAY = re.compile(r"(pred|[a-z]+[0-9]+)\[([0-9,]*)\](?:\{([^}]*)\})?")
+
+
+def around_kernels(module: str) -> int:
+    """Bytes that a compiled module's other instructions read from HBM and write there.
+
+    Args:
+        module: its text. What lies in VMEM there, memory space ``S(1)``, does not count.
+    """
+    entry = module[module.index("\nENTRY ") :].split("\n}")[0]
+    sizes: dict[str, int] = {}
+    moved = 0
+    for line in entry.splitlines():
+        found = re.match(r"\s+(?:ROOT )?(%\S+) = (.*?) ([a-z-]+)\((.*?)\)(?:,|$)", line)
+        if found is None:
+            continue
+        name, result, kind, operands = found.groups()
+        sizes[name] = sum(map(_in_hbm, _ARRAY.findall(result)))
+        if kind not in _FREE:
+            moved += sizes[name] + sum(sizes[o] for o in re.findall(r"%[\w.\-]+", operands))
+    return moved
+
+
+def _in_hbm(array: tuple[str, str, str]) -> int:
+    kind, dimensions, layout = array
+    bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind))
+    numbers = math.prod(int(size) for size in dimensions.split(",") if size)
+    return 0 if "S(" in layout else numbers * bits // 8

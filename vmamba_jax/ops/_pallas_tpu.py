@@ -1,9 +1,9 @@
-"""The selective scan for TPU: one Mosaic kernel for all routes of a map, another for its gradient.
+"""The selective scan for TPU: a Mosaic kernel for all routes of a map, and one for its gradient.
 
-A map stays in VMEM while its four routes go over it, each by a list of positions. So the input, what
-it projects to and the routes' sum cross HBM once each; delta is lifted to the channels inside. The
-gradient keeps the inputs only. A sequence is a map with one route; one too long for VMEM goes through
-it in blocks, and its gradient keeps the state entering each block.
+A map stays in VMEM while its four routes go over it, each by a list of positions. So the input,
+what it projects to and the routes' sum cross HBM once each; delta is lifted to the channels inside.
+The gradient keeps the inputs only. A sequence is a map with one route; one too long for VMEM goes
+through it in blocks, and its gradient keeps the state entering each block.
 
 Arrays: u (B, L, C); z (B, L, K, E), of each position and route delta (R), B (N) and C (N); weights
 (K, N + 2, C), which are A, D and the bias; lift (K, R, C), from delta to the channels.
@@ -118,23 +118,28 @@ def _scan_routes(
 ) -> Float[Array, "B L C"]:
     if any(map(is_symbolic_dim, (*u.shape, *z.shape))):
         raise NotImplementedError(f"a kernel is built for one size, and u is {u.shape}")
-    arrays = (u, z, weights, delta_proj.mT.astype(z.dtype))
     if u.shape[0] == 0:
         return u.astype(jnp.float32)
-    _planned(arrays)
+    arrays = (u, z, weights, delta_proj.mT.astype(z.dtype))
+    try:
+        _plan(arrays)
+    except NotImplementedError:  # there are chips whose blocks of float32 have fewer rows
+        arrays = (
+            *(a.astype(jnp.float32) for a in (u, z)),
+            weights,
+            delta_proj.mT.astype(jnp.float32),
+        )
+        _plan(arrays)
     return _scan(*alike(arrays), scan)
 
 
-def _planned(arrays: tuple[Array, ...]) -> Plan:
+def _plan(arrays: tuple[Array, ...]) -> Plan:
     """For what one device scans."""
     u, z, *_ = arrays
     sizes = Sizes.of(*arrays)
     devices = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in _batch_axes(sizes.batch))
     sizes = sizes._replace(batch=sizes.batch // devices)
-    fitting = plan(sizes, u.dtype.itemsize, z.dtype.itemsize)
-    if fitting is None:
-        raise NotImplementedError(f"a TPU's VMEM does not hold what a scan of {u.shape} needs")
-    return fitting
+    return plan(sizes, u.dtype.itemsize, z.dtype.itemsize)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -172,7 +177,7 @@ def _with_states_jvp(scan: Scan, primals, tangents):
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _gradient(arguments, entering, dy, scan: Scan):
-    run = partial(kernels.backward, plan=_planned(arguments), scan=scan)
+    run = partial(kernels.backward, plan=_plan(arguments), scan=scan)
     by_batch = (0, 0, None, None, 0, *[2] * len(entering))
     run = _over_batch(run, dy.shape[0], by_batch, (0, 0, 0, 0))
     du, dz, *parts = run(*arguments, dy, *entering)
@@ -207,7 +212,7 @@ def _by_reference(arguments, scan: Scan) -> Float[Array, "B L C"]:
 
 def _forward_kernel(arguments, scan: Scan, states: bool) -> tuple[Array, ...]:
     u, *_ = arguments
-    fitting = _planned(arguments)
+    fitting = _plan(arguments)
     states = states and fitting.block < u.shape[1]
     run = partial(kernels.forward, plan=fitting, scan=scan, states=states)
     return _over_batch(run, u.shape[0], (0, 0, None, None), (0, *[2] * states))(*arguments)

@@ -54,7 +54,8 @@ class Sizes(NamedTuple):
     @classmethod
     def of(cls, u: Array, z: Array, weights: Array, lift: Array) -> "Sizes":
         """Of a scan's arrays: see `_pallas_tpu`."""
-        return cls(*u.shape, z.shape[2], lift.shape[1], weights.shape[1] - 2)
+        batch, length, channels = u.shape
+        return cls(batch, length, channels, z.shape[2], lift.shape[1], weights.shape[1] - 2)
 
     @property
     def projected(self) -> int:
@@ -83,11 +84,14 @@ class Plan(NamedTuple):
     vmem: int  # bytes that the kernel may use
 
 
-def plan(sizes: Sizes, u_bytes: int, z_bytes: int) -> Plan | None:
-    """Blocks that fit the chip's VMEM with the gradient's kernel; None if none do.
+def plan(sizes: Sizes, u_bytes: int, z_bytes: int) -> Plan:
+    """Blocks that fit the chip's VMEM with the gradient's kernel.
 
     Several routes need the whole map there, as each of them starts at another end. One route can
     go through it block by block.
+
+    Raises:
+        NotImplementedError: if none do.
     """
     vmem, generation = _chip()
     # From the seventh generation on, blocks of 16 bits have 16 rows.
@@ -109,7 +113,10 @@ def plan(sizes: Sizes, u_bytes: int, z_bytes: int) -> Plan | None:
         candidate = Plan(row, lane, block, chunk, buffer, vmem)
         if _bytes(candidate, sizes, u_bytes, z_bytes) <= vmem * 15 // 16:
             return candidate
-    return None
+    raise NotImplementedError(
+        f"{sizes.length} positions of {sizes.channels} channels, {sizes.states} states each, on "
+        f"{sizes.routes} routes do not fit the {vmem >> 20} MiB of a TPU's VMEM"
+    )
 
 
 def _chip() -> tuple[int, int]:

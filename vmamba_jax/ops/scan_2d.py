@@ -85,9 +85,10 @@ def _scan_map(
         return scan
 
     def whole(x: Array, projected: Array, *weights: Array) -> Array:
-        wide = (a.astype(jnp.float32) if force_fp32 else a for a in (x, projected))
+        u, z = (a.astype(jnp.float32) if force_fp32 else a for a in (x, projected))
+        decay_rate, *others = weights
         try:
-            return _pallas_tpu.selective_scan_2d(*wide, *weights, order)
+            return _pallas_tpu.selective_scan_2d(u, z, decay_rate, *others, order=order)
         except NotImplementedError:
             return by_route(names)(x, projected, *weights)
 
