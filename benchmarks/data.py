@@ -1,13 +1,14 @@
 """How many photographs a second the host pipeline decodes and augments, per core and in all.
 
-    python benchmarks/data.py [RESULT.json]
+    python benchmarks/data.py [--beside CHECKOUT] [--output RESULT.json]
 
 Works on JPEG files of about 500x375 pixels, ImageNet's usual size, cut out of the photographs that
 ship with scikit-learn. First each step alone in one thread, the mean over all files; then the
-whole pipeline with threads and with worker processes, batches of 32, once with float32 batches
-normalised on the host and once with bytes for the device to normalise.
+whole pipeline with threads and with worker processes, batches of 32, each in a process of its own.
+With `--beside` the pipeline of another checkout of this project takes turns with this one's.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -35,29 +36,12 @@ from vmamba_jax.data import (
     open_source,
     train_iterator,
 )
-from vmamba_jax.data.augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    normalize,
-    random_erasing,
-    random_resized_crop,
-)
+from vmamba_jax.data.augment import random_resized_crop
 
 FILES = 96
 BATCH = 32
 SECONDS = 5.0
-
-
-class BytesTransform(TrainTransform):
-    """The training transform less normalisation and erasing, which the device would then do."""
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Any:
-        """RGB image to uint8 ``(H, W, 3)``."""
-        image = random_resized_crop(image, self.size, self.scale, self.ratio, rng)
-        if rng.random() < self.flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        assert self.rand_augment is not None
-        return np.asarray(self.rand_augment(image, rng))
+ROUNDS = 3
 
 
 def write_photographs(root: Path) -> float:
@@ -103,22 +87,18 @@ def time_steps(root: Path) -> dict[str, float]:
             lambda i: random_resized_crop(photos[i % FILES], 224, (0.08, 1.0), (3 / 4, 4 / 3), rng)
         ),
         "RandAugment": milliseconds(lambda i: policy(crops[i % FILES], rng)),
-        "normalise": milliseconds(
-            lambda i: normalize(crops[i % FILES], IMAGENET_MEAN, IMAGENET_STD)
-        ),
-        "random erasing": milliseconds(
-            lambda i: random_erasing(np.empty((224, 224, 3), np.float32), 0.25, rng)
-        ),
         "training sample, whole": milliseconds(lambda i: both(train, i)),
         "evaluation sample, whole": milliseconds(lambda i: both(evaluate, i)),
         "digit, whole": milliseconds(lambda i: move(digits[i]["image"], rng)),
     }
 
 
-def images_per_second(root: Path, transform: Any, worker_count: int) -> tuple[float, float]:
+def images_per_second(root: Path, worker_count: int) -> tuple[float, float]:
     """Of the whole pipeline: images a second, and images a second of processor time."""
     source = open_source("image_folder", root, "train")
-    batches = train_iterator(source, transform, batch_size=BATCH, seed=0, worker_count=worker_count)
+    batches = train_iterator(
+        source, TrainTransform(), batch_size=BATCH, seed=0, worker_count=worker_count
+    )
     try:
         for _ in range(2 + 2 * worker_count):  # workers start, buffers fill
             next(batches)
@@ -153,11 +133,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """The commit measured, marked where the tree differs from it."""
+def commit(checkout: Path) -> str:
+    """The commit of a checkout, marked where the tree differs from it."""
     run = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
+        cwd=checkout,
         capture_output=True,
         text=True,
         check=False,
@@ -165,12 +145,54 @@ def commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
+def in_turn(root: Path, checkouts: dict[str, Path], workers: int) -> dict[str, Any]:
+    """The median rates of each checkout's pipeline, and the median of the rounds' ratios."""
+    rates: dict[str, list[list[float]]] = {name: [] for name in checkouts}
+    for _ in range(ROUNDS):
+        for name, checkout in checkouts.items():
+            command = [sys.executable, __file__, "--photographs", str(root)]
+            run = subprocess.run(
+                [*command, "--workers", str(workers)],
+                env=os.environ | {"PYTHONPATH": str(checkout)},
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            rates[name].append(json.loads(run.stdout.splitlines()[-1]))
+    entry: dict[str, Any] = {}
+    for name, pairs in rates.items():
+        rate, per_core = np.median(pairs, axis=0)
+        entry[name] = {
+            "images_per_second": round(rate, 1),
+            "images_per_second_of_one_core": round(per_core, 1),
+        }
+    if len(rates) > 1:
+        ours, theirs = (np.array(pairs) for pairs in rates.values())
+        ratio, per_core = np.median(ours / theirs, axis=0)
+        entry["ratio"] = {
+            "images_per_second": round(ratio, 2),
+            "images_per_second_of_one_core": round(per_core, 2),
+        }
+    return entry
+
+
 def main() -> None:
     """Measures, prints a table and, given a path, writes the result there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--beside", type=Path, help="another checkout of this project")
+    parser.add_argument("--output", type=Path, help="where the result is written")
+    parser.add_argument("--photographs", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.photographs is not None:
+        print(json.dumps(images_per_second(given.photographs, given.workers)))
+        return
+    here = Path(__file__).parents[1]
+    checkouts = {"this": here} | ({} if given.beside is None else {"beside": given.beside})
     result: dict[str, Any] = {
-        "command": "python benchmarks/data.py",
+        "command": "python benchmarks/data.py" + (" --beside CHECKOUT" if given.beside else ""),
         "date": date.today().isoformat(),
-        "commit": commit(),
+        "commits": {name: commit(checkout) for name, checkout in checkouts.items()},
         "device": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {
             "python": platform.python_version(),
@@ -185,18 +207,13 @@ def main() -> None:
         result["milliseconds_per_image_one_thread"] = {
             name: round(value, 3) for name, value in time_steps(root).items()
         }
-        result["pipeline"] = {}
-        for name, transform in (("float32", TrainTransform()), ("bytes", BytesTransform())):
-            for workers in (0, 1, 2):
-                rate, per_core = images_per_second(root, transform, workers)
-                how = f"{workers} workers" if workers else "threads"
-                result["pipeline"][f"{name}, {how}"] = {
-                    "images_per_second": round(rate, 1),
-                    "images_per_second_of_one_core": round(per_core, 1),
-                }
+        result["pipeline"] = {
+            f"{workers} workers" if workers else "threads": in_turn(root, checkouts, workers)
+            for workers in (0, 1, 2)
+        }
     report(result)
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(result, indent=2) + "\n")
+    if given.output is not None:
+        given.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def report(result: dict[str, Any]) -> None:
@@ -206,11 +223,12 @@ def report(result: dict[str, Any]) -> None:
     for name, value in result["milliseconds_per_image_one_thread"].items():
         steps.add_row(name, f"{value:.3f}", f"{1e3 / value:.0f}")
     console.print(steps)
-    rates = Table("pipeline", "images/s", "images/s of one core")
+    rates = Table("pipeline", "", "images/s", "images/s of one core")
     for name, entry in result["pipeline"].items():
-        rates.add_row(name, *(f"{value:.0f}" for value in entry.values()))
+        for which, values in entry.items():
+            rates.add_row(name, which, *(f"{value:g}" for value in values.values()))
     console.print(rates)
-    console.print(result["device"], result["versions"], result["commit"])
+    console.print(result["device"], result["versions"], result["commits"])
 
 
 if __name__ == "__main__":

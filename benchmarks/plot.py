@@ -29,7 +29,9 @@ def main() -> None:
     axes.set_xlim(right=1.2 * max(r["img/s"] for r in rows))
     axes.set_xlabel("images a second, 224 x 224, float32, 2 CPU cores")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(["vmamba_jax", "PyTorch VMamba"], loc="lower right", frameon=False)
+    axes.legend(
+        ["vmamba_jax", "PyTorch VMamba"], loc="upper left", bbox_to_anchor=(1, 1), frameon=False
+    )
     figure.savefig(RESULTS / "model.svg", metadata={"Date": None})
     print(f"wrote {RESULTS / 'model.svg'}")
 

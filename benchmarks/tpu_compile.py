@@ -1,8 +1,10 @@
-"""What TPU's compiler makes of each implementation: needs libtpu (`jax[tpu]`), but no TPU.
+"""What crosses HBM for the scan of a map, forward and back: needs libtpu (`jax[tpu]`), but no TPU.
 
     python benchmarks/tpu_compile.py
 
-Memory and bytes are those of the compiled program for one v5e chip; they decide the default.
+The kernels' bytes are counted from their block specs, those that XLA moves around them (to lay arrays
+out, and to add up the weights' gradients) from the compiled module's text; beside the least possible,
+inputs and outputs once each. Both layouts are the compiler's choice, as within the model.
 """
 
 import os
@@ -12,62 +14,112 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_WORKER_ID", "0")
 
+import itertools
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from _hbm import around_kernels, crossings
 from _measure import report
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
-from vmamba_jax.ops import selective_scan
+from vmamba_jax.ops import _pallas_tpu
+from vmamba_jax.ops.scan_2d import _scan_map
 
-# One direction pair of SS2D: stage 1 of s1l8 and of the vanilla model, stage 4 of s1l8.
-SHAPES = ((8, 3136, 2, 96, 1), (8, 3136, 2, 192, 16), (8, 49, 2, 768, 1))
+CHIPS = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1", "v4:2x2x1", "tpu7x:2x2x1")
+# Side, channels, rank and states of stages 1 and 4, of s1l8 and of the vanilla model, at 224 pixels.
+MAPS = ((56, 96, 6, 1), (7, 768, 48, 1), (56, 192, 6, 16), (7, 1536, 48, 16))
+BATCHES = (64, 16)
 
 
 def main() -> None:
     """Compiles forward and backward of each and reports."""
-    chip = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-    sharding = SingleDeviceSharding(chip)
     rows = []
-    for shape in SHAPES:
-        for implementation in ("pallas_tpu", "associative"):
-            batch, length, routes, channels, states = shape
+    for topology in CHIPS:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        with jax.default_device(described.devices[0]):
+            for sizes, batch in itertools.product(MAPS, BATCHES):
+                rows += of_map(described.devices[0], batch, *sizes)
+    report("tpu_compile", rows, compiled_for="TPU, bfloat16, order cross2d")
 
-            def array(*shape, dtype=jnp.bfloat16):
-                return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-            wide, narrow = (batch, length, routes, channels), (batch, length, routes, states)
-            weight = array(routes, channels, dtype=jnp.float32)
-            decay = array(routes, channels, states, dtype=jnp.float32)
-            arguments = (array(*wide), array(*wide), decay, array(*narrow), array(*narrow))
-            arguments = (*arguments, weight, weight)
+def of_map(chip, batch: int, side: int, channels: int, rank: int, states: int) -> list[dict]:
+    """Rows of one map on one chip."""
+    routes, positions = 4, (batch, side, side)
+    low, wide = (partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.bfloat16, jnp.float32))
+    maps = (low((*positions, channels)), low((*positions, routes, rank + 2 * states)))
+    weights = [(states,), (), (), (rank,)]
+    weights = tuple(wide((routes, channels, *last)) for last in weights)
+    dy = wide((*positions, channels))
 
-            def forward(*arguments, implementation=implementation):
-                return selective_scan(*arguments, implementation=implementation)
+    def scan(maps, weights):
+        return _scan_map(maps, weights, "cross2d", False, (), None)
 
-            def backward(dy, *arguments, forward=forward):
-                return jax.vjp(forward, *arguments)[1](dy)
+    def kernel(maps, weights):
+        return _pallas_tpu.selective_scan_2d(*maps, *weights, order="cross2d")
 
-            for mode, function, given in (
-                ("forward", forward, arguments),
-                ("forward and backward", backward, (array(*wide), *arguments)),
-            ):
-                start = time.perf_counter()
-                with jax.default_device(chip):
-                    compiled = jax.jit(function).lower(*given).compile()
-                rows.append(
-                    {
-                        "shape": list(shape),
-                        "implementation": implementation,
-                        "mode": mode,
-                        "temporaries MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
-                        "MB accessed": compiled.cost_analysis()["bytes accessed"] / 1e6,
-                        "compile s": time.perf_counter() - start,
-                    }
-                )
-    report("tpu_compile", rows, compiled_for="TPU v5e, bfloat16")
+    def one_route(maps, weights):
+        x, projected = (a.reshape(batch, side * side, 1, -1) for a in maps)
+        cuts = (rank, rank + states)
+        delta, b, c = jnp.split(projected[..., : rank + 2 * states], cuts, -1)
+        a, *others = (w[:1] for w in weights)
+        return _pallas_tpu.selective_scan(x, delta, a, b, c, *others, True, False)
+
+    kinds, count = [kernel], 1
+    try:
+        jax.eval_shape(kernel, maps, weights)
+    except NotImplementedError:  # route after route
+        kinds, count = [one_route], routes
+
+    def gradient(function, dy, maps, weights):
+        y, pull = jax.vjp(function, maps, weights)
+        return pull(dy.reshape(y.shape).astype(y.dtype))
+
+    automatic = Format(Layout.AUTO, SingleDeviceSharding(chip))
+    rows = []
+    for mode, of, given, least in (
+        ("forward", lambda f: f, (maps, weights), (maps, weights, dy)),
+        (
+            "backward",
+            lambda f: partial(gradient, f),
+            (dy, maps, weights),
+            (dy, *[maps, weights] * 2),
+        ),
+    ):
+        start = time.perf_counter()
+        compiled = (
+            jax.jit(of(scan), in_shardings=automatic, out_shardings=automatic)
+            .lower(*given)
+            .compile()
+        )
+        taken = time.perf_counter() - start
+        # Where the gradient needs no states of the forward pass, its own kernel alone is left.
+        met = crossings(of(kinds[0]), *given)
+        met = met[-1:] if count == 1 else met
+        minimum = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(least))
+        moved, tiled = (count * sum(of) for of in list(zip(*met, strict=True))[1:])
+        rows.append(
+            {
+                "chip": chip.device_kind,
+                "batch": batch,
+                "map": f"{side}x{side}x{channels}",
+                "N": states,
+                "mode": mode,
+                "kernels": count * len(met),
+                "least MB": minimum / 1e6,
+                "kernels MB": moved / 1e6,
+                "ratio": moved / minimum,
+                "in tiles": tiled / minimum,
+                "XLA MB": around_kernels(compiled.as_text()) / 1e6,
+                "temporaries MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+                "compile s": taken,
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
 
 
 if __name__ == "__main__":

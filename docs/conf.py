@@ -7,11 +7,11 @@ import vmamba_jax
 project, author, release = "vmamba_jax", "the vmamba_jax authors", vmamba_jax.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 html_theme = "furo"
+html_show_copyright = False
 exclude_patterns = ["_build", "jupyter_execute"]  # the second is what myst-nb leaves behind
 default_role = "code"
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
-myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "off"  # the tests run the notebooks
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vmamba_jax.data import DataError, DigitsTransform, batches_per_epoch, open_source
-from vmamba_jax.data.bands import Picture
+from vmamba_jax.data.bands import Bands, Picture
 from vmamba_jax.data.decode import Sample
 from vmamba_jax.data.errors import DamagedRecordError
 from vmamba_jax.data.pipeline import eval_batches, train_iterator
@@ -233,3 +233,24 @@ def test_evaluation_masks_a_damaged_sample_and_keeps_the_rest():
     labels = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
     assert labels.tolist() == [i for i in range(22) if i not in (5, 21)]
     assert sorted(batches.damaged) == ["/data/21.jpg", "/data/5.jpg"]
+
+
+class Mixed(Numbers):
+    """Record 3 is of 16 bits, the others are of 8."""
+
+    def __getitem__(self, index: int, /) -> Sample:
+        if index != 3:
+            return super().__getitem__(index)
+        return {"image": Bands.from_array(np.zeros((1, 1, 3), np.uint16)), "label": index}
+
+
+def test_bytes_and_finer_values_are_no_one_data_set():
+    def values(image: Picture, rng: np.random.Generator) -> np.ndarray:
+        return np.asarray(image)
+
+    for batches in (
+        eval_batches(Mixed(8), values, batch_size=4),
+        train_iterator(Mixed(8), values, batch_size=4, seed=0),
+    ):
+        with pytest.raises(DataError, match="record 3 holds float32 values and the first uint8"):
+            take(batches, 2)

@@ -79,7 +79,7 @@ def test_a_run_stopped_by_sigterm_is_saved_and_resumes_exactly(
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     last = _losses(tmp_path)[-1][0]
-    assert "stopped by SIGTERM: the same command goes on" in output
+    assert f"stopped by SIGTERM, update {last} is saved: the same command goes on" in output
     assert 33 <= last < 87
     assert f"resuming {tmp_path} after update {last} of 87" in _finish(tmp_path, environment)
     _assert_same_run(tmp_path, uninterrupted)

@@ -47,7 +47,9 @@ def _stop(run: Path, signals: str, told: Sequence[int]) -> None:
     outputs = _run(run, signals, told)
     ended = time.time()
     name = signals.split()[1]
-    assert f"stopped by {name}: the same command goes on from there" in outputs[0]
+    saved = max(complete_steps(run / "checkpoints"), default=0)
+    where = f"update {saved} is saved" if saved else "nothing was trained yet"
+    assert f"stopped by {name}, {where}: the same command goes on from there" in outputs[0]
     signalled = [float(at) for at in re.findall(r"signalled at (\S+)", "".join(outputs))]
     print(f"{signals}, to {told}: ended after {ended - max(signalled):.1f} s")
 

@@ -5,6 +5,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
+import numpy as np
+
+from vmamba_jax.typing import Array, Float, Images
+
 Value = TypeVar("Value")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -56,6 +61,23 @@ class Preprocessing:
     def replace(self, **changes: Any) -> "Preprocessing":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def normalize_images(
+    images: Images, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "B image_H image_W image_C"]:
+    """``(value - mean) / std`` in float32, on the device.
+
+    Args:
+        images: bytes, which run from 0 to 1 then, or floating-point values as they are.
+        mean: subtracted from each channel.
+        std: what each channel is then divided by.
+    """
+    white = 255 if images.dtype == jnp.uint8 else 1
+    scale = 1 / (white * np.array(std, np.float32))
+    shift = np.array(mean, np.float32) / np.array(std, np.float32)
+    one = (1, 1, 1, len(std))
+    return images.astype(jnp.float32) * scale.reshape(one) - shift.reshape(one)
 
 
 def from_json(kind: type[Value], values: Mapping[str, Any]) -> Value:

@@ -33,6 +33,7 @@ Size: TypeAlias = Any
 """Of an axis: an int, or a symbol that is reckoned with as with one, in a program that `jax.export`
 makes for any batch or image."""
 Dtype: TypeAlias = jax.typing.DTypeLike
+Precision: TypeAlias = jax.lax.PrecisionLike
 
 __all__ = [
     "Array",
@@ -43,6 +44,7 @@ __all__ = [
     "Images",
     "Int",
     "Num",
+    "Precision",
     "ResampledMap",
     "Size",
     "UInt8",

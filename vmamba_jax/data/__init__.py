@@ -2,6 +2,7 @@
 
 from vmamba_jax.data.augment import DigitsTransform, EvalTransform, TrainTransform
 from vmamba_jax.data.decode import Sample, decode_image
+from vmamba_jax.data.erasing import random_erasing
 from vmamba_jax.data.errors import DamagedRecordError
 from vmamba_jax.data.label_map_folder import LabelMapFolder
 from vmamba_jax.data.mixup import mix
@@ -40,6 +41,7 @@ __all__ = [
     "eval_batches",
     "mix",
     "open_source",
+    "random_erasing",
     "register_source",
     "train_iterator",
 ]

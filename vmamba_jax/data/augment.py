@@ -2,16 +2,16 @@
 
 The released recipe: random resized crop, flip, RandAugment (:mod:`vmamba_jax.data.randaugment`),
 normalisation, random erasing; in evaluation a resize to 256/224 of the size and a centre crop.
-A transform turns an image into float32 ``(H, W, C)``, already normalised. All randomness comes
-from the generator it is given, so a sample depends on nothing but the generator's seed.
+What is done here leaves bytes; the device normalises and erases them. All randomness comes from the
+generator that a transform is given, so a sample depends on nothing but the generator's seed.
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from vmamba_jax.data.bands import Bands, Picture
@@ -20,20 +20,22 @@ from vmamba_jax.data.randaugment import RandAugment
 from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 Pixels = Float32[np.ndarray, "H W C"]
+Values: TypeAlias = UInt8[np.ndarray, "H W C"] | Float32[np.ndarray, "H W C"]
+"""What a picture holds: bytes of a photograph, float32 of `Bands`."""
 
 
 @runtime_checkable
 class Transform(Protocol):
     """Makes an image ready for the batch; evaluation transforms leave the generator alone."""
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels:
-        """Image to float32 ``(H, W, C)``."""
+    def __call__(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
+        """Image to ``(H, W, C)``, of one size and dtype for all images of a batch."""
         ...
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """The released training recipe for one image.
+    """The released training recipe for one image, up to normalisation.
 
     Attributes:
       size: height and width of the result, in pixels.
@@ -41,9 +43,6 @@ class TrainTransform:
       ratio: least and greatest aspect ratio of the crop, width to height.
       flip: probability of a left-right flip.
       rand_augment: the RandAugment policy; None for none.
-      erasing: probability of random erasing.
-      mean: subtracted from each channel, which runs from 0 to 1.
-      std: what each channel is then divided by.
     """
 
     size: int = 224
@@ -51,12 +50,9 @@ class TrainTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     rand_augment: RandAugment | None = field(default_factory=RandAugment)
-    erasing: float = 0.25
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels:
-        """Crops, flips, augments, normalises and erases."""
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Values:
+        """Crops, flips and augments."""
         image = random_resized_crop(image, self.size, self.scale, self.ratio, rng)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -66,7 +62,7 @@ class TrainTransform:
                     "RandAugment works on RGB images of 8 bits: choose data.augmentation light."
                 )
             image = self.rand_augment(image, rng)
-        return random_erasing(normalize(image, self.mean, self.std), self.erasing, rng)
+        return np.asarray(image)
 
 
 @dataclass(frozen=True)
@@ -88,9 +84,16 @@ class EvalTransform:
 
     def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Pixels:
         """Resizes to cover ``size / crop``, crops the centre and normalises."""
+        return normalize(self._cropped(image), self.mean, self.std)
+
+    def values(self, image: Picture, rng: np.random.Generator | None = None) -> Values:
+        """The same less normalisation, which is left to the device."""
+        return np.asarray(self._cropped(image))
+
+    def _cropped(self, image: Picture) -> Picture:
         height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
         image = resize_to_cover(image, int(height / self.crop), int(width / self.crop))
-        return normalize(center_crop(image, height, width), self.mean, self.std)
+        return center_crop(image, height, width)
 
     @classmethod
     def of(cls, steps: Preprocessing) -> "EvalTransform":
@@ -106,17 +109,13 @@ class DigitsTransform:
       shift: greatest shift along each axis, as a share of the size.
       degrees: greatest rotation either way.
       scale: greatest relative change of size either way.
-      mean: subtracted from each channel, which runs from 0 to 1.
-      std: what each channel is then divided by.
     """
 
     shift: float = 0.06
     degrees: float = 10.0
     scale: float = 0.1
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Pixels:
+    def __call__(self, image: Picture, rng: np.random.Generator) -> Values:
         """Moves, turns and scales the image about its centre; black where nothing is left."""
         width, height = image.size
         dx, dy, turn, grow = rng.uniform(-1, 1, 4)
@@ -129,7 +128,7 @@ class DigitsTransform:
         image = image.transform(
             image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR
         )
-        return normalize(image, self.mean, self.std)
+        return np.asarray(image)
 
 
 def random_resized_crop(
@@ -172,48 +171,6 @@ def _random_box(
     w = max(1, min(width, round(height * ratio[1])))
     h = max(1, min(height, round(width / ratio[0])))
     return (width - w) // 2, (height - h) // 2, w, h
-
-
-def random_erasing(
-    pixels: Pixels,
-    probability: float,
-    rng: np.random.Generator,
-    *,
-    area: tuple[float, float] = (0.02, 1 / 3),
-    ratio: tuple[float, float] = (0.3, 1 / 0.3),
-) -> Pixels:
-    """With a probability, overwrites one random rectangle by standard normal noise, per pixel.
-
-    Done after normalisation, so the noise has the statistics of the data. The rectangle's share
-    of the image is uniform in ``area``, its height to width log-uniform in ``ratio``; when ten
-    draws do not fit, nothing is erased.
-
-    Args:
-      pixels: ``(H, W, C)`` float32, normalised; changed in place.
-      probability: of erasing at all.
-      rng: where the randomness comes from.
-      area: least and greatest share of the image that is erased.
-      ratio: least and greatest aspect ratio of the rectangle.
-
-    Returns:
-      ``pixels``.
-
-    Source: Zhong et al., "Random Erasing Data Augmentation", AAAI 2020.
-    """
-    if rng.random() >= probability:
-        return pixels
-    height, width, _ = pixels.shape
-    for _ in range(10):
-        target = rng.uniform(*area) * height * width
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        h, w = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
-        if h < height and w < width:
-            top = int(rng.integers(0, height - h, endpoint=True))
-            left = int(rng.integers(0, width - w, endpoint=True))
-            patch = pixels[top : top + h, left : left + w]
-            patch[:] = rng.standard_normal(patch.shape, np.float32)
-            break
-    return pixels
 
 
 def resize_to_cover(image: Picture, height: int, width: int) -> Picture:

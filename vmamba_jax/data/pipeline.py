@@ -6,10 +6,8 @@ with index p takes the p-th part of each batch. So neither the number of process
 workers changes what the model sees, and the iterator's whole state is the number of the next
 batch: it can be saved anywhere and restored on other hardware.
 
-Batches are float32 and normalised on the host. Measured against bytes that the device normalises
-(``benchmarks/results/data.json``), that costs nothing with threads and a fifth with two worker
-processes, which have to pass on four times the bytes; in return the training step knows nothing of
-channel statistics, and random erasing draws its noise where the recipe does, after normalisation.
+Photographs stay bytes all the way to the device, which normalises them: a quarter of what has to
+be passed on from workers and to the device (measured in ``benchmarks/results/data.json``).
 
 A record that can't be read is replaced by its next readable neighbour, so the batches of all
 processes stay full and in step.
@@ -32,7 +30,8 @@ from vmamba_jax.data.segmentation import LabelMapTransform
 from vmamba_jax.data.workers import follow_parent, portable
 
 Batch = dict[str, np.ndarray]
-"""``image`` float32 ``(B, H, W, C)``, ``label`` int32 ``(B,)``; in evaluation bool ``mask``.
+"""``image`` ``(B, H, W, C)`` as the transform leaves it, ``label`` int32 ``(B,)``; in evaluation
+bool ``mask``.
 
 Of a source of label maps, ``label`` is uint8 ``(B, H, W)``.
 """
@@ -243,6 +242,7 @@ class _Load:
         self._source = source
         self._transform: Any = transform
         self._fatal = fatal
+        self._dtype: np.dtype | None = None
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         try:
@@ -260,7 +260,19 @@ class _Load:
             pixels, labels = self._transform(image, label, rng)
         else:
             pixels, labels = self._transform(image, rng), np.int32(label)
+            self._check_dtype(pixels.dtype, index)
         return {"image": pixels, "label": labels, "damaged": damaged}
+
+    def _check_dtype(self, dtype: np.dtype, index: int) -> None:
+        """That records are bytes, or numbers, as the first one is: all processes must know it."""
+        if self._dtype is None:
+            first: Any = self._read(0)[0]["image"]
+            self._dtype = self._transform(first, np.random.default_rng(0)).dtype
+        if dtype != self._dtype:
+            raise DataError(
+                f"record {index} holds {dtype} values and the first {self._dtype}: photographs "
+                "of 8 bits and images of more can't be one data set; convert them to one kind."
+            )
 
     def _read(self, index: int) -> tuple[Sample | LabelMapSample, list[tuple[str, str]]]:
         """The sample, and path and reason of each damaged record on the way to it."""

@@ -23,6 +23,7 @@ from vmamba_jax.typing import Array, FeatureMap, Float, Int
 _TILE = 16  # positions along either axis
 _SAMPLES = 4  # of a bin along one axis, at a time
 _TOGETHER = 64  # regions, on an accelerator
+_EXACT = jax.lax.Precision.HIGHEST  # samples are interpolated, and features must not be rounded
 
 
 def roi_level(boxes: Float[Array, "*n 4"], levels: int) -> Int[Array, "*n"]:
@@ -76,8 +77,8 @@ def roi_align(
             start = (image, corners[level, 0] + y, corners[level, 1] + x, jnp.zeros_like(image))
             tile = jax.lax.dynamic_slice(atlas, start, (1, _TILE, _TILE, atlas.shape[-1]))[0]
             tile = tile.astype(total.dtype)
-            narrow = jnp.tensordot(rows.weights(y), tile, axes=1)
-            return total + jnp.einsum("qx,pxc->pqc", columns.weights(x), narrow)
+            narrow = jnp.tensordot(rows.weights(y), tile, axes=1, precision=_EXACT)
+            return total + jnp.einsum("qx,pxc->pqc", columns.weights(x), narrow, precision=_EXACT)
 
         zeros = jnp.zeros((output_size, output_size, atlas.shape[-1]), box.dtype)
         return jax.lax.fori_loop(0, rows.tiles * columns.tiles, add_tile, zeros)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.models.layers import norm
 from vmamba_jax.models.vssm import VSSM
-from vmamba_jax.typing import Array, Dtype, Num
+from vmamba_jax.typing import Array, Dtype, Num, Precision
 
 
 class FeatureInfo(NamedTuple):
@@ -39,6 +39,7 @@ class VSSMBackbone(nn.Module):
         dtype: compute dtype of the blocks, see `VSSM`.
         param_dtype: dtype of the parameters.
         scan_blocks: run the blocks of a stage in a loop, see `VSSM`.
+        precision: of the float32 products outside of the blocks, see `VSSM`.
     """
 
     config: VMambaConfig
@@ -47,6 +48,7 @@ class VSSMBackbone(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     scan_blocks: bool = False
+    precision: Precision = "highest"
 
     @nn.compact
     def __call__(self, images: Num[Array, "..."], train: bool = False) -> list[Array]:
@@ -71,6 +73,7 @@ class VSSMBackbone(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             scan_blocks=self.scan_blocks,
+            precision=self.precision,
             name="trunk",
         )
         nn.share_scope(self, trunk)  # the trunk's parameters are the backbone's own

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vmamba_jax import ops
 from vmamba_jax.ops.layer_norm import EPSILON
 from vmamba_jax.ops.per_device import split_like
-from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Images, ResampledMap
+from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Images, Precision, ResampledMap
 
 
 @jax.custom_jvp
@@ -91,6 +91,7 @@ class Dense(nn.Module):
             gradient keeps the product, and needs no second map with the bias added.
         dtype: compute dtype.
         param_dtype: dtype of the parameters.
+        precision: of the product, see `jax.lax.Precision`.
     """
 
     features: int
@@ -98,6 +99,7 @@ class Dense(nn.Module):
     act_layer: str | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    precision: Precision = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... c"]:
@@ -110,9 +112,10 @@ class Dense(nn.Module):
             bias = jnp.asarray(bias, self.dtype)
         # Converted weights may still be NumPy arrays.
         x, kernel = jnp.asarray(x, self.dtype), jnp.asarray(kernel, self.dtype)
+        linear = partial(ops.linear, precision=self.precision)
         if self.act_layer is None:
-            return ops.linear(x, kernel, bias)
-        return activations[self.act_layer](ops.linear(x, kernel), bias)
+            return linear(x, kernel, bias)
+        return activations[self.act_layer](linear(x, kernel), bias)
 
 
 def conv(
@@ -122,6 +125,7 @@ def conv(
     in_features: int,
     stride: int = 1,
     padding: int = 0,
+    precision: Precision = None,
     param_dtype: Dtype,
     name: str,
 ) -> nn.Conv:
@@ -137,7 +141,7 @@ def conv(
         kernel_init=uniform_init(bound),
         bias_init=uniform_init(bound),
         conv_general_dilated=lambda x, kernel, *_, **__: ops.strided_conv(
-            x, kernel, stride=stride, padding=padding
+            x, kernel, stride=stride, padding=padding, precision=precision
         ),
         name=name,
     )
@@ -257,6 +261,7 @@ class PatchEmbed(nn.Module):
         patch_norm: whether the convolutions are normalised.
         norm_layer: see `norm`.
         param_dtype: dtype of the parameters; it computes in float32.
+        precision: of its products, see `jax.lax.Precision`.
     """
 
     features: int
@@ -265,6 +270,7 @@ class PatchEmbed(nn.Module):
     patch_norm: bool = True
     norm_layer: str = "ln"
     param_dtype: Dtype = jnp.float32
+    precision: Precision = None
 
     @nn.compact
     def __call__(self, images: Images, train: bool = False) -> FeatureMap:
@@ -275,7 +281,7 @@ class PatchEmbed(nn.Module):
                 return x
             return norm(self.norm_layer, train, self.param_dtype, name)(x)
 
-        convolve = partial(conv, param_dtype=self.param_dtype)
+        convolve = partial(conv, param_dtype=self.param_dtype, precision=self.precision)
         channels = images.shape[-1]
         if self.version == "v1":
             patch = self.patch_size
@@ -301,11 +307,13 @@ class PatchMerging(nn.Module):
         features: output channels.
         norm_layer: see `norm`.
         param_dtype: dtype of the parameters; it computes in float32.
+        precision: of its products, see `jax.lax.Precision`.
     """
 
     features: int
     norm_layer: str = "ln"
     param_dtype: Dtype = jnp.float32
+    precision: Precision = None
 
     @nn.compact
     def __call__(self, x: FeatureMap, train: bool = False) -> ResampledMap:
@@ -316,7 +324,14 @@ class PatchMerging(nn.Module):
         # The column offset varies slowest in PyTorch's concatenation.
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(*x.shape[:2], x.shape[3], 4 * channels)
         x = norm(self.norm_layer, train, self.param_dtype, "norm")(x)
-        return Dense(self.features, False, param_dtype=self.param_dtype, name="reduction")(x)
+        reduction = Dense(
+            self.features,
+            use_bias=False,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            name="reduction",
+        )
+        return reduction(x)
 
 
 class ConvDownsample(nn.Module):
@@ -327,12 +342,14 @@ class ConvDownsample(nn.Module):
         kernel: 2 (no padding: an odd row or column is dropped) or 3 (padded by one).
         norm_layer: see `norm`.
         param_dtype: dtype of the parameters; it computes in float32.
+        precision: of its products, see `jax.lax.Precision`.
     """
 
     features: int
     kernel: int = 3
     norm_layer: str = "ln"
     param_dtype: Dtype = jnp.float32
+    precision: Precision = None
 
     @nn.compact
     def __call__(self, x: FeatureMap, train: bool = False) -> ResampledMap:
@@ -345,6 +362,7 @@ class ConvDownsample(nn.Module):
             in_features=x.shape[-1],
             name="conv",
             param_dtype=self.param_dtype,
+            precision=self.precision,
         )(x)
         return norm(self.norm_layer, train, self.param_dtype, "norm")(x)
 

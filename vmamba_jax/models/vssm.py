@@ -23,7 +23,7 @@ from vmamba_jax.models.layers import (
 from vmamba_jax.models.ss2d import SS2D
 from vmamba_jax.ops.per_device import batch_axes, split_like
 from vmamba_jax.ops.residuals import POLICIES, Recompute, keep
-from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, ResampledMap
+from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, Precision, ResampledMap
 
 
 class VSSBlock(nn.Module):
@@ -113,6 +113,9 @@ class VSSM(nn.Module):
         scan_blocks: run the blocks of a stage in a loop, so that they compile once. The parameters
             are the same ones and are stacked on the fly, a copy a call; random draws differ. Not
             with BatchNorm.
+        precision: of the float32 products outside of the blocks (patch embedding, downsampling,
+            classifier), see `jax.lax.Precision`: float32 on every device. None is what
+            `jax.default_matmul_precision` says, by default as fast as the device likes.
         recompute: what of a block a gradient does not keep but compute again: its
             ``"activations"`` and normalisations; its depthwise ``"convolutions"`` and the patch
             embedding too; or whole ``"blocks"``, as with the config's `use_checkpoint`.
@@ -123,6 +126,7 @@ class VSSM(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     scan_blocks: bool = False
+    precision: Precision = "highest"
     recompute: Recompute = "activations"
 
     @nn.compact
@@ -165,6 +169,7 @@ class VSSM(nn.Module):
             config.patch_norm,
             config.norm_layer,
             param_dtype=self.param_dtype,
+            precision=self.precision,
             name="patch_embed",
         )(images.astype(jnp.float32), train)
         if config.posembed:
@@ -204,7 +209,10 @@ class VSSM(nn.Module):
         pooled = x.astype(jnp.float32).mean(axis=(1, 2))
         if config.num_classes == 0:
             return pooled
-        return Dense(config.num_classes, param_dtype=self.param_dtype, name="head")(pooled)
+        head = Dense(
+            config.num_classes, param_dtype=self.param_dtype, precision=self.precision, name="head"
+        )
+        return head(pooled)
 
     def features(
         self,
@@ -264,6 +272,7 @@ class VSSM(nn.Module):
             features=config.stage_dims[stage + 1],
             norm_layer=config.norm_layer,
             param_dtype=self.param_dtype,
+            precision=self.precision,
             name=f"layers_{stage}_downsample",
         )(x, train)
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from vmamba_jax.ops._alike import alike
 from vmamba_jax.ops._discretise import sigmoid, softplus
+from vmamba_jax.ops._exact import einsum
 from vmamba_jax.ops._parts import chunk_length, largest_divisor
 from vmamba_jax.ops.residuals import keep, together
 from vmamba_jax.typing import Array, Float, Size
@@ -137,12 +138,12 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
         if D is not None:
             du = du + D[None, None] * dy
         if proj is not None:
-            ddelta = _einsum("gt...c,...rc->gt...r", dlifted, proj)
+            ddelta = einsum("gt...c,...rc->gt...r", dlifted, proj)
         gradients = _Weights(
             A=_over_steps(ddecay * step[..., None, :]),
             D=None if D is None else _over_steps(dy * u),
             bias=None if bias is None else _over_steps(dlifted),
-            proj=None if proj is None else _einsum("gt...r,gt...c->...rc", delta, dlifted),
+            proj=None if proj is None else einsum("gt...r,gt...c->...rc", delta, dlifted),
         )
         dB, dC = _over_channels(dstate, step * u), _over_channels(states, dy)
         per_step = tuple(
@@ -179,7 +180,7 @@ def _step_size(delta: Array, weights: _Weights, delta_softplus: bool) -> tuple[A
     """The step size and its slope by delta, (G, T, *K, C)."""
     step = delta
     if weights.proj is not None:
-        step = _einsum("gt...r,...rc->gt...c", step, weights.proj)
+        step = einsum("gt...r,...rc->gt...c", step, weights.proj)
     if weights.bias is not None:
         step = step + weights.bias[None, None]
     return (softplus(step), sigmoid(step)) if delta_softplus else (step, jnp.ones_like(step))
@@ -224,9 +225,6 @@ def _over_states(
     return reduce(add, (a[..., n, :] * weight[..., n, :] for n in range(a.shape[-2])))
 
 
-# Matrix units would round float32 to bfloat16 or TF32 unasked.
-_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
 # Other sums are products with ones: XLA's CPU reductions take up to 20 times as long.
 PARTS = 8
 """Parts that are added up as they are computed, so that a product with ones has less to read."""
@@ -236,12 +234,12 @@ def _over_channels(
     a: Float[Array, "G T *K N C"], weight: Float[Array, "G T *K C"]
 ) -> Float[Array, "G T *K N"]:
     parts = _sum_of_parts(a * weight[..., None, :], axis=-1)
-    return _einsum("gt...c,c->gt...", parts, jnp.ones_like(parts, shape=parts.shape[-1:]))
+    return einsum("gt...c,c->gt...", parts, jnp.ones_like(parts, shape=parts.shape[-1:]))
 
 
 def _over_steps(a: Float[Array, "G T ..."]) -> Float[Array, "..."]:
     parts = _sum_of_parts(a, axis=1)
-    return _einsum("gt,gt...->...", jnp.ones_like(parts, shape=parts.shape[:2]), parts)
+    return einsum("gt,gt...->...", jnp.ones_like(parts, shape=parts.shape[:2]), parts)
 
 
 def _sum_of_parts(a: Array, axis: int) -> Array:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from vmamba_jax.ops._exact import einsum
 from vmamba_jax.typing import Array, Float
 
 
@@ -12,7 +13,7 @@ def lift(
     """``delta_proj @ delta`` in delta's dtype; without `delta_proj`, `delta`."""
     if delta_proj is None:
         return delta
-    return jnp.einsum("blkr,kcr->blkc", delta, delta_proj.astype(delta.dtype))
+    return einsum("blkr,kcr->blkc", delta, delta_proj.astype(delta.dtype))
 
 
 def step_size(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vmamba_jax.ops._discretise import lift, step_size
+from vmamba_jax.ops._exact import einsum
 from vmamba_jax.typing import Array, Float
 
 
@@ -25,8 +26,8 @@ def selective_scan(
     """See `vmamba_jax.ops.selective_scan`."""
     x = u.astype(jnp.float32)
     step = step_size(lift(delta.astype(jnp.float32), delta_proj), delta_bias, delta_softplus)
-    decay = jnp.exp(jnp.einsum("blkc,kcn->blkcn", step, A.astype(jnp.float32)))
-    drive = jnp.einsum("blkc,blkn->blkcn", step * x, B.astype(jnp.float32))
+    decay = jnp.exp(einsum("blkc,kcn->blkcn", step, A.astype(jnp.float32)))
+    drive = einsum("blkc,blkn->blkcn", step * x, B.astype(jnp.float32))
 
     def advance(h: Array, at_step: tuple[Array, Array]) -> tuple[Array, Array]:
         h = at_step[0] * h + at_step[1]
@@ -34,7 +35,7 @@ def selective_scan(
 
     time_major = (jnp.moveaxis(decay, 1, 0), jnp.moveaxis(drive, 1, 0))
     _, states = jax.lax.scan(advance, jnp.zeros_like(decay[:, 0]), time_major, reverse=reverse)
-    y = jnp.einsum("lbkcn,blkn->blkc", states, C.astype(jnp.float32))
+    y = einsum("lbkcn,blkn->blkc", states, C.astype(jnp.float32))
     if D is not None:
         y = y + D.astype(jnp.float32)[None, None] * x
     return y.astype(u.dtype)

@@ -1,12 +1,18 @@
 """The linear layer, and its bias alone."""
 
+import jax.numpy as jnp
+
 from vmamba_jax.ops._wide import wide
 from vmamba_jax.ops.residuals import keep
-from vmamba_jax.typing import Array, Float
+from vmamba_jax.typing import Array, Float, Precision
 
 
 def linear(
-    x: Float[Array, "... C"], kernel: Float[Array, "C c"], bias: Float[Array, "c"] | None = None
+    x: Float[Array, "... C"],
+    kernel: Float[Array, "C c"],
+    bias: Float[Array, "c"] | None = None,
+    *,
+    precision: Precision = None,
 ) -> Float[Array, "... c"]:
     """``x @ kernel + bias`` at each position.
 
@@ -14,9 +20,11 @@ def linear(
         x: any float dtype.
         kernel: weights, of the dtype of `x`.
         bias: of the dtype of `x`; None adds nothing.
+        precision: of the product, see `jax.lax.Precision`.
     """
     # A matrix of rows: XLA for CPU copies the operand of a fused product that has more axes.
-    y = (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, precision=precision)
+    y = y.reshape(*x.shape[:-1], kernel.shape[1])
     return keep(y if bias is None else add_bias(y, bias))
 
 

@@ -1,17 +1,24 @@
 """SS2D's core on a feature map: project, scan along the routes, merge. Pure functions."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from vmamba_jax.ops import _pallas_tpu
 from vmamba_jax.ops.layer_norm import EPSILON
 from vmamba_jax.ops.linear import linear
+from vmamba_jax.ops.per_device import per_device
 from vmamba_jax.ops.residuals import keep, together
 from vmamba_jax.ops.scan_order import Order, from_layouts, routes_of, to_layouts
-from vmamba_jax.ops.selective_scan import selective_scan
+from vmamba_jax.ops.selective_scan import DEFAULTS, names_of, platform, selective_scan
 from vmamba_jax.ops.ssd import ssd
 from vmamba_jax.typing import Array, FeatureMap, Float
+
+Weights: TypeAlias = tuple[Array, Array, Array, Array]
+"""The decay rates A (K, C, N), D (K, C), the bias (K, C) of delta and what lifts it (K, C, R)."""
 
 
 def selective_scan_2d(
@@ -47,23 +54,84 @@ def selective_scan_2d(
     Raises:
         ValueError: for an unknown order or implementation.
     """
-    decay_rate = -jnp.exp(A_logs.astype(jnp.float32))
+    weights = (-jnp.exp(A_logs.astype(jnp.float32)), D, dt_bias, dt_proj)
+    names = names_of(implementation)
+    if order == "cascade2d":
+        return _cascade(x, x_proj, weights, force_fp32, names)
+    routes_of(order)
+    x = together(x)  # each layout and each skip reads it
+    batched = (x, _project(x, x_proj))
+    on = platform() if names else None
+    return keep(_scan_map(batched, weights, order, force_fp32, names, on))
 
-    def scan(route: int, x: Array, projected: Array, reverse: bool) -> Array:
-        rank, states = dt_proj.shape[-1], decay_rate.shape[-1]
-        dt, b, c = jnp.split(projected, (rank, rank + states), axis=-1)
-        u, dt, b, c = (a[:, :, None] for a in (x, dt, b, c))
-        if force_fp32:
-            u, dt, b, c = (a.astype(jnp.float32) for a in (u, dt, b, c))
-        a, skip, bias, lift = (w[route : route + 1] for w in (decay_rate, D, dt_bias, dt_proj))
-        y = selective_scan(
-            u, dt, a, b, c, skip, bias,
-            delta_proj=lift, reverse=reverse, implementation=implementation,
-        )  # fmt: skip
-        return y[:, :, 0].astype(jnp.float32)
 
-    if order != "cascade2d":
-        return _over_routes(x, x_proj, order, scan)
+# Under `jax.jit`, maps of the same shapes are traced once.
+@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _scan_map(
+    batched: tuple[Array, Array],
+    weights: Weights,
+    order: str,
+    force_fp32: bool,
+    names: tuple[str, ...],
+    on: str | None,
+) -> FeatureMap:
+    """All routes at once where the TPU's kernel is asked for, or the default; else one by one."""
+
+    def by_route(names: Sequence[str]) -> Callable[..., Array]:
+        def scan(x: Array, projected: Array, *weights: Array) -> Array:
+            one = partial(_scan_route, weights, force_fp32, names)
+            return _along_routes(x, projected, order, one)
+
+        return scan
+
+    def whole(x: Array, projected: Array, *weights: Array) -> Array:
+        u, z = (a.astype(jnp.float32) if force_fp32 else a for a in (x, projected))
+        decay_rate, *others = weights
+        try:
+            return _pallas_tpu.selective_scan_2d(u, z, decay_rate, *others, order=order)
+        except NotImplementedError:
+            return by_route(names)(x, projected, *weights)
+
+    def scan(batched: tuple[Array, Array], weights: Weights) -> Array:
+        if names:
+            fused = names[0] == "pallas_tpu" and on == "tpu"
+            return (whole if fused else by_route(names))(*batched, *weights)
+        by_platform = {name: by_route(names) for name, names in DEFAULTS.items()}
+        return jax.lax.platform_dependent(*batched, *weights, **{**by_platform, "tpu": whole})
+
+    return per_device(scan, batched, weights)
+
+
+def _scan_route(
+    weights: tuple[Array, ...],
+    force_fp32: bool,
+    names: Sequence[str],
+    route: int,
+    x: Float[Array, "B L C"],
+    projected: Float[Array, "B L E"],
+    reverse: bool,
+) -> Float[Array, "B L C"]:
+    decay_rate, D, dt_bias, dt_proj = (w[route : route + 1] for w in weights)
+    rank, states = dt_proj.shape[-1], decay_rate.shape[-1]
+    dt, b, c = jnp.split(projected, (rank, rank + states), axis=-1)
+    u, dt, b, c = (a[:, :, None] for a in (x, dt, b, c))
+    if force_fp32:
+        u, dt, b, c = (a.astype(jnp.float32) for a in (u, dt, b, c))
+    y = selective_scan(
+        u, dt, decay_rate, b, c, D, dt_bias,
+        delta_proj=dt_proj, reverse=reverse, implementation=names,
+    )  # fmt: skip
+    return y[:, :, 0].astype(jnp.float32)
+
+
+def _cascade(
+    x: FeatureMap,
+    x_proj: Float[Array, "K E C"],
+    weights: Weights,
+    force_fp32: bool,
+    names: Sequence[str],
+) -> FeatureMap:
+    scan = partial(_scan_route, weights, force_fp32, names)
 
     def scan_lines(lines: Array, first: int) -> Array:
         # The original adds the two passes as they leave the scan, the second one still in its
@@ -113,31 +181,30 @@ def ssd_2d(
         y = ssd(u, dt, a, b, c, skip, bias, reverse=reverse)
         return y.reshape(x.shape).astype(jnp.float32)
 
-    return _over_routes(x, x_proj, order, scan)
+    x = together(x)
+    return keep(_along_routes(x, _project(x, x_proj), order, scan))
 
 
-def _over_routes(
+def _along_routes(
     x: FeatureMap,
-    x_proj: Float[Array, "K E C"],
+    projected: Float[Array, "B H W K E"],
     order: str,
     scan: Callable[[int, Array, Array, bool], Array],
 ) -> FeatureMap:
-    """Projects the map for all its routes, scans them one by one, and adds them up on the map.
+    """Scans the routes of a map one by one, and adds them up on the map.
 
     One by one, as a stack of them would be a copy of the map for each; and projected before it is
     read along them, in one product. `scan` takes a route's number, its sequence, what that
     projects to (B, L, E), and whether to run in reverse; it returns (B, L, C).
     """
     forward, _ = routes_of(order)
-    x = together(x)  # each layout and each skip reads it
     layouts = to_layouts(x, order)
-    projected = _project(x, x_proj)
     results = []
-    for k in range(x_proj.shape[0]):
+    for k in range(projected.shape[3]):
         g = k % len(layouts)
         projection = to_layouts(projected[..., k, :], order)[g]
         results.append(scan(k, layouts[g], projection, k >= forward))
-    return keep(from_layouts(results, x.shape[1], x.shape[2], order))
+    return from_layouts(results, x.shape[1], x.shape[2], order)
 
 
 def _project(x: Float[Array, "... C"], x_proj: Float[Array, "K E C"]) -> Float[Array, "... K E"]:

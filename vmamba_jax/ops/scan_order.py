@@ -12,6 +12,7 @@ from operator import add
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from vmamba_jax._closest import closest
 from vmamba_jax.typing import Array, FeatureMap, Float, Size
@@ -72,6 +73,21 @@ def from_layouts(
     columns = columns.reshape(batch, width, height, channels).swapaxes(1, 2)
     columns = columns if order == "cross2d" else columns[:, :, ::-1]
     return rows.reshape(batch, height, width, channels) + columns
+
+
+def positions(order: str, height: int, width: int) -> np.ndarray:
+    """Which position of the map, 0 to H W - 1, each route reads at each step: (K, L) int32.
+
+    Raises:
+        ValueError: for an unknown order.
+    """
+    forward, reverse = routes_of(order)
+    at = np.arange(height * width, dtype=np.int32).reshape(height, width)
+    layouts = [at.ravel()]
+    if order not in ("unidi", "bidi"):
+        layouts.append((at if order == "cross2d" else at[:, ::-1]).T.ravel())
+    routes = [layouts[k % len(layouts)] for k in range(forward + reverse)]
+    return np.stack(routes[:forward] + [r[::-1] for r in routes[forward:]])
 
 
 def cross_scan(x: FeatureMap, order: str = "cross2d") -> Float[Array, "B L K C"]:

@@ -22,10 +22,28 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = MappingProxyType(
 )
 """Name -> implementation; one that can't serve an input raises NotImplementedError."""
 
+DEFAULTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"cpu": ("sequential",), "tpu": ("pallas_tpu", "associative"), "default": ("associative",)}
+)
+"""Platform -> names of implementations, of which the first that can serve does."""
+
 _ONLY_ON = {"pallas_tpu": "tpu"}
 
 
-def _platform() -> str:
+def names_of(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names that a caller gives; none for the default.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation or ())
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"unknown implementation {name!r}." + closest(name, IMPLEMENTATIONS))
+    return names
+
+
+def platform() -> str:
     """Of the mesh in context, which may be one to compile for and not here; else the default's."""
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     device = jax.sharding.get_abstract_mesh().abstract_device or default
@@ -82,12 +100,9 @@ def selective_scan(
         NotImplementedError: if no implementation asked for can serve these inputs.
     """
     _check_shapes(u, delta, A, B, C, D, delta_bias, delta_proj)
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation or ())
-    for name in names:
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(f"unknown implementation {name!r}." + closest(name, IMPLEMENTATIONS))
+    names = names_of(implementation)
     arrays = (u, delta, A, B, C, D, delta_bias, delta_proj)
-    return _scan(arrays, delta_softplus, reverse, names, _platform() if names else None)
+    return _scan(arrays, delta_softplus, reverse, names, platform() if names else None)
 
 
 # Under `jax.jit`, scans of the same shapes are traced once; outside of it they compile once.
@@ -97,11 +112,11 @@ def _scan(
     delta_softplus: bool,
     reverse: bool,
     names: tuple[str, ...],
-    platform: str | None,
+    on: str | None,
 ) -> Array:
-    """By the first of `names` that can serve on `platform`, or by the default of each platform."""
+    """By the first of `names` that can serve on that platform, or by the default of each."""
 
-    def by(*names: str, on: str | None = None) -> Callable[..., Array]:
+    def by(names: Sequence[str]) -> Callable[..., Array]:
         def scan(*arrays: Array | None) -> Array:
             refusals = []
             for name in names:
@@ -124,13 +139,9 @@ def _scan(
         A, *others = weights
         arrays = (u, delta, A, B, C, *others)
         if names:
-            return by(*names, on=platform)(*arrays)
-        return jax.lax.platform_dependent(
-            *arrays,
-            cpu=by("sequential"),
-            tpu=by("pallas_tpu", "associative"),
-            default=by("associative"),
-        )
+            return by(names)(*arrays)
+        by_platform = {name: by(names) for name, names in DEFAULTS.items()}
+        return jax.lax.platform_dependent(*arrays, **by_platform)
 
     u, delta, A, B, C, *others = arrays
     return per_device(scan, (u, delta, B, C), (A, *others))

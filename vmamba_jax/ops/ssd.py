@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from vmamba_jax.ops._discretise import step_size
+from vmamba_jax.ops._exact import einsum
 from vmamba_jax.typing import Array, Float
 
 CHUNK = 64
@@ -69,12 +70,12 @@ def ssd(
     causal = jnp.tril(jnp.ones((chunk, chunk), bool))[None, None, :, :, None, None]
     # Masked before the exponential: above the diagonal it would overflow, and its gradient too.
     weights = jnp.exp(jnp.where(causal, since, -jnp.inf))
-    scores = jnp.einsum("bzlkn,bzskn->bzlsk", c, b)
-    y = jnp.einsum("bzlsk,bzlskr,bzskrp->bzlkrp", scores, weights, drive)
+    scores = einsum("bzlkn,bzskn->bzlsk", c, b)
+    y = einsum("bzlsk,bzlskr,bzskrp->bzlkrp", scores, weights, drive)
 
     # Each chunk's own contribution to the state at its end, then the states passed on.
     to_end = jnp.exp(total[:, :, -1:] - total)
-    local = jnp.einsum("bzskn,bzskr,bzskrp->bzkrnp", b, to_end, drive)
+    local = einsum("bzskn,bzskr,bzskrp->bzkrnp", b, to_end, drive)
     across = jnp.exp(total[:, :, -1])
 
     def pass_on(h: Array, now: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -85,7 +86,7 @@ def ssd(
     _, entering = jax.lax.scan(
         pass_on, start, (jnp.moveaxis(across, 1, 0), jnp.moveaxis(local, 1, 0))
     )
-    y = y + jnp.einsum("bzlkn,bzlkr,zbkrnp->bzlkrp", c, jnp.exp(total), entering)
+    y = y + einsum("bzlkn,bzlkr,zbkrnp->bzlkrp", c, jnp.exp(total), entering)
 
     y = y.reshape(batch, -1, routes, heads, width)[:, :length]
     if D is not None:

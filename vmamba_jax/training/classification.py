@@ -77,7 +77,7 @@ def classification_task(config: RunConfig, mesh: Mesh, console: Console) -> Task
         mesh,
         console,
     )
-    eval_step = make_eval_step(learner.model, mesh)
+    eval_step = make_eval_step(learner.model, mesh, preprocessing_of(data))
 
     def starting_weights(initial: Variables) -> Variables:
         del initial
@@ -108,7 +108,6 @@ def classification_task(config: RunConfig, mesh: Mesh, console: Console) -> Task
             labels[mistakes_first],
             predictions[mistakes_first],
             class_names,
-            preprocessing_of(data),
         )
 
     return Task(
@@ -168,6 +167,7 @@ def evaluate_classifier(config: EvalConfig, console: Console) -> Evaluation:
     with jax.set_mesh(mesh):
         variables = jax.device_put(weights.variables(), replicated(mesh))
         with closing(held_out_batches(data, source)) as batches:
-            result = evaluate(make_eval_step(model, mesh), variables, batches, mesh)
+            eval_step = make_eval_step(model, mesh, preprocessing_of(data))
+            result = evaluate(eval_step, variables, batches, mesh)
     console.print(result.details(), soft_wrap=True)
     return result

@@ -26,6 +26,8 @@ class ModelConfig:
         use_checkpoint: recompute each block in the backward pass to save memory.
         dtype: precision of the computation; parameters and optimizer stay float32.
         scan_blocks: run the blocks of a stage in a loop, which compiles much sooner.
+        precision: of the float32 products outside of the blocks: ``highest`` is float32 on every
+            device, ``default`` as fast as the device likes.
         recompute: what of a block the backward pass computes again to save memory: its
             ``activations``, its ``convolutions`` too, or whole ``blocks``, which is
             `use_checkpoint`; ``auto`` takes the first of them whose step fits the devices, found
@@ -37,6 +39,7 @@ class ModelConfig:
     use_checkpoint: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_blocks: bool = False
+    precision: Literal["highest", "default"] = "highest"
     recompute: Recompute | Literal["auto"] = "auto"
 
 
@@ -159,7 +162,9 @@ def _imagenet(size: str, name: str, drop_path_rate: float) -> RunConfig:
         run=Path(f"runs/imagenet-{size}"),
         epochs=300.0,
         log_every=50,
-        model=ModelConfig(name, drop_path_rate=drop_path_rate, dtype="bfloat16"),
+        model=ModelConfig(
+            name, drop_path_rate=drop_path_rate, dtype="bfloat16", precision="default"
+        ),
         data=DataConfig(
             kind="image_folder",
             root=Path("data/imagenet"),

@@ -34,7 +34,8 @@ def lower_step(config: RunConfig, learner: Learner, mesh: Mesh) -> Lowered:
     data = config.data
     batch = {
         "image": split(
-            (data.batch_size, data.image_size, data.image_size, data.channels), jnp.float32
+            (data.batch_size, data.image_size, data.image_size, data.channels),
+            jnp.uint8 if data.channels == 3 else jnp.float32,
         ),
         "label": split((data.batch_size,), jnp.int32),
     }

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from vmamba_jax.checkpoint import Checkpoints
 from vmamba_jax.local_path import local_path
+from vmamba_jax.run_folder import complete_steps
 from vmamba_jax.training.classification import classification_task
 from vmamba_jax.training.config import RunConfig, to_json
 from vmamba_jax.training.evaluate import Result
@@ -64,8 +65,10 @@ def train(
         return _train(config, console, stop)
     except StoppedError:
         # All that counts is saved; what was left undone, the next start makes up for.
+        saved = complete_steps(config.run / "checkpoints")
+        where = f"update {saved[-1]} is saved" if saved else "nothing was trained yet"
         console.print(
-            f"stopped by {stop.name}: the same command goes on from there", highlight=False
+            f"stopped by {stop.name}, {where}: the same command goes on from there", highlight=False
         )
         return None
     except jax.errors.JaxRuntimeError as error:
@@ -169,8 +172,7 @@ def _train(config: AnyRun, console: Console, stop: StopRequest) -> Result:
                             config=to_json(config),
                         )
                     if stopping:
-                        checkpoints.wait()
-                        console.print(f"update {step} of {total} is saved", highlight=False)
+                        checkpoints.wait()  # of a save that fails this tells, and a stop would not
                         raise StoppedError
                     if due(step):  # after the save, which a fault in here must not cost
                         with report.paused():

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from vmamba_jax.preprocessing import Preprocessing
-
 
 def draw_run(
     path: Path,
@@ -16,18 +14,16 @@ def draw_run(
     labels: np.ndarray,
     predictions: np.ndarray,
     class_names: Sequence[str],
-    preprocessing: Preprocessing,
 ) -> None:
     """Writes a PNG with loss and accuracy curves over a grid of held-out images.
 
     Args:
         path: the file to write.
         rows: of the metrics file.
-        images: (M, H, W, C) float32, normalised as the pipeline does.
+        images: (M, H, W, C), bytes or float32 that runs from 0 to 1.
         labels: (M,) true classes.
         predictions: (M,) predicted classes.
         class_names: names of the classes.
-        preprocessing: what the images went through.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -60,7 +56,7 @@ def draw_run(
     if held_out:
         accuracy_axes.set_title(f"last: {100 * held_out[-1]['accuracy']:.2f}%")
 
-    pixels = images * np.array(preprocessing.std) + np.array(preprocessing.mean)
+    pixels = images / 255 if images.dtype == np.uint8 else images
     if pixels.shape[-1] != 3:  # grey, by what all channels have in common
         pixels = np.repeat(pixels.mean(axis=-1, keepdims=True), 3, axis=-1)
     pixels = np.clip(pixels, 0, 1)

@@ -1,7 +1,7 @@
 """From a configuration to the objects of a run: sources, batches, model, optimizer, step."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,11 @@ from vmamba_jax.data import (
     eval_batches,
     mix,
     open_source,
+    random_erasing,
     train_iterator,
 )
 from vmamba_jax.models.vssm import VSSM
-from vmamba_jax.preprocessing import Preprocessing, for_channels
+from vmamba_jax.preprocessing import Preprocessing, for_channels, normalize_images
 from vmamba_jax.training.config import DataConfig, ModelConfig, RunConfig
 from vmamba_jax.training.optimizer import make_optimizer
 from vmamba_jax.training.step import Augment, Batch
@@ -90,19 +91,28 @@ def as_in_run(config: ModelConfig, architecture: VMambaConfig) -> VSSM:
         architecture,
         dtype=jnp.dtype(config.dtype),
         scan_blocks=config.scan_blocks,
+        precision=None if config.precision == "default" else config.precision,
         recompute="activations" if config.recompute == "auto" else config.recompute,
     )
 
 
 def build_augment(config: DataConfig, num_classes: int, accumulation_steps: int = 1) -> Augment:
-    """Mixup, CutMix and label smoothing as the released recipe mixes: per group of images."""
+    """What the device does to a batch: it normalises, erases and mixes.
+
+    Mixup, CutMix and label smoothing are the released recipe's, which mixes per group of images.
+    """
+    statistics = preprocessing_of(config)
     part = config.batch_size // accumulation_steps
     groups = part // config.mix_group if part % config.mix_group == 0 else 1
 
     def augment(key: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        erasing_key, mixing_key = jax.random.split(key)
+        images = normalize_images(batch["image"], statistics.mean, statistics.std)
+        if config.augmentation == "released":
+            images = random_erasing(erasing_key, images)
         return mix(
-            key,
-            batch["image"],
+            mixing_key,
+            images,
             batch["label"],
             num_classes=num_classes,
             mixup_alpha=config.mixup,
@@ -117,14 +127,10 @@ def build_augment(config: DataConfig, num_classes: int, accumulation_steps: int 
 def train_batches(config: RunConfig, source: ImageSource) -> BatchIterator:
     """This process's part of the endless training batches."""
     data = config.data
-    steps = preprocessing_of(data)
-    values: Any = {"mean": steps.mean, "std": steps.std}
     transform = {
-        "released": TrainTransform(size=data.image_size, **values),
-        "light": TrainTransform(
-            size=data.image_size, scale=(0.5, 1.0), rand_augment=None, erasing=0.0, **values
-        ),
-        "digits": DigitsTransform(**values),
+        "released": TrainTransform(size=data.image_size),
+        "light": TrainTransform(size=data.image_size, scale=(0.5, 1.0), rand_augment=None),
+        "digits": DigitsTransform(),
     }[data.augmentation]
     return train_iterator(
         source,
@@ -145,10 +151,10 @@ def preprocessing_of(config: DataConfig) -> Preprocessing:
 
 
 def held_out_batches(config: DataConfig, source: ImageSource) -> BatchIterator:
-    """This process's part of one pass over the held-out images."""
+    """This process's part of one pass over the held-out images, not normalised yet."""
     return eval_batches(
         source,
-        EvalTransform.of(preprocessing_of(config)),
+        EvalTransform.of(preprocessing_of(config)).values,
         batch_size=config.eval_batch_size // jax.process_count(),
         process_index=jax.process_index(),
         process_count=jax.process_count(),

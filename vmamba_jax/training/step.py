@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from vmamba_jax.preprocessing import Preprocessing, normalize_images
 from vmamba_jax.training.optimizer import ema_update
 from vmamba_jax.training.sharding import replicated, state_sharding
 from vmamba_jax.training.state import TrainState
@@ -156,12 +157,15 @@ def make_train_step(
     return jax.jit(sharded_step, donate_argnums=0)
 
 
-def make_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
+def make_eval_step(
+    model: nn.Module, mesh: Mesh, preprocessing: Preprocessing | None = None
+) -> EvalStep:
     """The evaluation of one batch, jitted.
 
     Args:
         model: the model.
         mesh: from `make_mesh`.
+        preprocessing: has the images normalised first; None takes them as they are.
 
     Returns:
         ``(variables, batch) -> results``: `prediction` (B,) int32, and sums over the images whose
@@ -171,7 +175,10 @@ def make_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
 
     def eval_step(variables: Any, batch: Batch) -> Metrics:
         variables = jax.lax.with_sharding_constraint(variables, replicated(mesh))
-        logits: Any = model.apply(variables, batch["image"], train=False)
+        images = batch["image"]
+        if preprocessing is not None:
+            images = normalize_images(images, preprocessing.mean, preprocessing.std)
+        logits: Any = model.apply(variables, images, train=False)
         logits = logits.astype(jnp.float32)
         labels = batch["label"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
