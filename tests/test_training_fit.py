@@ -39,15 +39,22 @@ def learner_for(
     return learner, said.getvalue()
 
 
-def test_the_first_that_fits_is_taken_and_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_that_fits_is_taken_and_compiled_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     learner, said = learner_for(2, monkeypatch)
     assert learner.model.recompute == "convolutions"
     assert "again in the backward pass: convolutions" in said
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = create_state(learner.init, mesh)
-        for step in range(2):  # the compiled step takes what it returned
-            state, metrics = learner.train_step(state, put_batch(batch(step), mesh), np.float32(1))
+        photographs = {"image": np.zeros(batch(0)["image"].shape, np.uint8)}
+        batches = [put_batch(batch(step) | photographs, mesh) for step in range(2)]
+        caplog.clear()
+        with jax.log_compiles():
+            for each in batches:
+                state, metrics = learner.train_step(state, each, np.float32(1))
+    assert not any("Compiling jit(sharded_step)" in line for line in caplog.messages)
     assert np.isfinite(metrics["loss"])
     assert int(state.step) == 2
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vmamba_jax.ops.residuals import POLICIES
 from vmamba_jax.training.config import RunConfig
-from vmamba_jax.training.sharding import batch_sharding, replicated
+from vmamba_jax.training.sharding import batch_sharding
 from vmamba_jax.training.state import abstract_state
 from vmamba_jax.training.task import Learner
 
@@ -39,13 +39,13 @@ def lower_step(config: RunConfig, learner: Learner, mesh: Mesh) -> Lowered:
         ),
         "label": split((data.batch_size,), jnp.int32),
     }
-    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     train_step: Any = learner.train_step
     # Devices that are not here can't hold so much as a constant.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state = abstract_state(learner.init, mesh)
     with jax.set_mesh(mesh):
-        return train_step.lower(state, batch, rate)
+        # A learning rate as the loop gives it: then a run's first update finds what is compiled.
+        return train_step.lower(state, batch, np.float32(0))
 
 
 def compile_step(lowered: Lowered, available: int | None) -> Compiled:
@@ -97,8 +97,8 @@ def learner_that_fits(
 ) -> Learner:
     """A run's learner; with ``recompute="auto"`` the fastest whose step fits the devices.
 
-    It is found by compiling, where a device says how much memory it has, and then learns with the
-    step that was compiled. Elsewhere, as on a CPU, it is the first.
+    It is found by compiling, where a device says how much memory it has; elsewhere, as on a CPU, it
+    is the first.
     """
     tried = list(choices(config))
     available = _memory_here(mesh)
@@ -107,12 +107,12 @@ def learner_that_fits(
     for choice in tried:
         learner = build(choice)
         try:
-            step = compile_step(lower_step(choice, learner, mesh), available)
+            compile_step(lower_step(choice, learner, mesh), available)
         except DoesNotFitError:
             console.print(f"too large for the devices: recompute {choice.model.recompute}")
             continue
         console.print(f"computed again in the backward pass: {choice.model.recompute}")
-        return learner._replace(train_step=step)
+        return learner
     return build(tried[-1])
 
 
