@@ -67,7 +67,7 @@ def test_what_a_gradient_keeps_is_found_by_its_layer():
 
     x = jnp.zeros((64, 64))
     compiled = jax.jit(jax.grad(loss)).lower(x).compile()
-    held = held_at_peak(compiled.as_text())
+    held = held_at_peak(str(compiled.as_text()))
     stacks = [h for h in held if h.array == "f32[50,64,64]"]
     assert stacks
     assert {h.size // h.number for h in stacks} == {50 * 64 * 64 * 4}

@@ -138,7 +138,7 @@ def test_dropout_acts_in_training_only():
 
 
 @pytest.mark.parametrize(
-    "recompute", ["convolutions", pytest.param("blocks", marks=pytest.mark.exhaustive)]
+    "recompute", ["scan_inputs", pytest.param("blocks", marks=pytest.mark.exhaustive)]
 )
 def test_recomputation_changes_memory_and_nothing_else(recompute):
     images = draw(2, 16, 16, 3)

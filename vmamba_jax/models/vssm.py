@@ -117,8 +117,9 @@ class VSSM(nn.Module):
             classifier), see `jax.lax.Precision`: float32 on every device. None is what
             `jax.default_matmul_precision` says, by default as fast as the device likes.
         recompute: what of a block a gradient does not keep but compute again: its
-            ``"activations"`` and normalisations; its depthwise ``"convolutions"`` and the patch
-            embedding too; or whole ``"blocks"``, as with the config's `use_checkpoint`.
+            ``"activations"`` and normalisations; its ``"scan_inputs"`` (depthwise convolution and
+            projections) and the patch embedding too; or whole ``"blocks"``, as with the config's
+            `use_checkpoint`.
     """
 
     config: VMambaConfig

@@ -22,10 +22,17 @@ def linear(
         bias: of the dtype of `x`; None adds nothing.
         precision: of the product, see `jax.lax.Precision`.
     """
+    y = product(x, kernel, precision=precision)
+    return keep(y if bias is None else add_bias(y, bias))
+
+
+def product(
+    x: Float[Array, "... C"], kernel: Float[Array, "C c"], *, precision: Precision = None
+) -> Float[Array, "... c"]:
+    """``x @ kernel`` at each position; what a gradient keeps of it is left to the caller."""
     # A matrix of rows: XLA for CPU copies the operand of a fused product that has more axes.
     y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, precision=precision)
-    y = y.reshape(*x.shape[:-1], kernel.shape[1])
-    return keep(y if bias is None else add_bias(y, bias))
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def add_bias(x: Float[Array, "... C"], bias: Float[Array, "C"]) -> Float[Array, "... C"]:

@@ -12,25 +12,26 @@ from typing import Literal, TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-_DEAR, _CONVOLUTION = "vmamba_jax", "vmamba_jax_convolution"
+_DEAR, _SCAN_INPUT = "vmamba_jax", "vmamba_jax_scan_input"
 T = TypeVar("T")
 
 keep = partial(checkpoint_name, name=_DEAR)
 """Marks arrays that are dear to compute again: products, scans; and what stands for them."""
 
-keep_convolution = partial(checkpoint_name, name=_CONVOLUTION)
-"""Marks what a depthwise convolution pads and returns: a hundredth of a block's operations."""
+keep_scan_input = partial(checkpoint_name, name=_SCAN_INPUT)
+"""Marks what leads to the scan's inputs and is cheap beside its size: the depthwise convolution,
+one hundredth of a block's operations, and the routes' projections, three."""
 
-Recompute = Literal["activations", "convolutions", "blocks"]
+Recompute = Literal["activations", "scan_inputs", "blocks"]
 
 POLICIES: Mapping[str, Callable[..., bool] | None] = MappingProxyType(
     {
-        "activations": jax.checkpoint_policies.save_only_these_names(_DEAR, _CONVOLUTION),
-        "convolutions": jax.checkpoint_policies.save_only_these_names(_DEAR),
+        "activations": jax.checkpoint_policies.save_only_these_names(_DEAR, _SCAN_INPUT),
+        "scan_inputs": jax.checkpoint_policies.save_only_these_names(_DEAR),
         "blocks": None,
     }
 )
-"""What is computed again: activations and normalisations; depthwise convolutions too; all of it."""
+"""What is computed again: activations and normalisations; what the scan reads too; all of it."""
 
 
 def together(arrays: T) -> T:

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from vmamba_jax.ops import _pallas_tpu
 from vmamba_jax.ops.layer_norm import EPSILON
-from vmamba_jax.ops.linear import linear
+from vmamba_jax.ops.linear import product
 from vmamba_jax.ops.per_device import per_device
-from vmamba_jax.ops.residuals import keep, together
+from vmamba_jax.ops.residuals import keep, keep_scan_input, together
 from vmamba_jax.ops.scan_order import Order, from_layouts, routes_of, to_layouts
 from vmamba_jax.ops.selective_scan import DEFAULTS, names_of, platform, selective_scan
 from vmamba_jax.ops.ssd import ssd
@@ -210,7 +210,7 @@ def _along_routes(
 def _project(x: Float[Array, "... C"], x_proj: Float[Array, "K E C"]) -> Float[Array, "... K E"]:
     """What each position projects to, for each route."""
     routes, size, channels = x_proj.shape
-    projected = linear(x, x_proj.reshape(routes * size, channels).T)
+    projected = keep_scan_input(product(x, x_proj.reshape(routes * size, channels).T))
     return projected.reshape(*x.shape[:-1], routes, size)
 
 

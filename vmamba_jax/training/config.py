@@ -29,9 +29,10 @@ class ModelConfig:
         precision: of the float32 products outside of the blocks: ``highest`` is float32 on every
             device, ``default`` as fast as the device likes.
         recompute: what of a block the backward pass computes again to save memory: its
-            ``activations``, its ``convolutions`` too, or whole ``blocks``, which is
-            `use_checkpoint`; ``auto`` takes the first of them whose step fits the devices, found
-            out by compiling (on a CPU, which does not say how much it has, ``activations``).
+            ``activations``; its ``scan_inputs`` and the patch embedding too; or whole ``blocks``,
+            which is `use_checkpoint`. ``auto`` takes the first of them whose step fits the
+            devices, found out by compiling (on a CPU, which does not say how much it has,
+            ``activations``).
     """
 
     name: str | None = "vmamba_digits"
