@@ -26,7 +26,7 @@ AGAIN = "rematted_computation"
 
 def main() -> None:
     """Prints one row for each choice."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What the backward pass computes again.")
     parser.add_argument("model", nargs="?", default="vmamba_tiny_s1l8")
     parser.add_argument("--image-size", type=int, default=224)
     options = parser.parse_args()

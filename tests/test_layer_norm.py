@@ -58,7 +58,7 @@ def test_bfloat16_is_normalised_and_returned_in_float32():
 def test_of_a_narrower_quotient_a_gradient_keeps_no_more_than_that():
     x, scale, bias, dy = draw((2, 3, 4, 96))
     block = jax.checkpoint(layer_norm, static_argnums=(3,), policy=POLICIES["scan_inputs"])
-    actual, vjp = jax.vjp(lambda *inputs: block(*inputs, jnp.bfloat16), x, scale, bias)
+    actual, vjp = jax.vjp(lambda x, s, b: block(x, s, b, jnp.bfloat16), x, scale, bias)
     kept = {(leaf.dtype.name, leaf.shape) for leaf in jax.tree.leaves(vjp) if leaf.size > 96}
     # ... and one deviation a position, which is too few numbers to be listed.
     assert kept == {("bfloat16", x.shape)}
@@ -71,8 +71,8 @@ def test_of_a_narrower_quotient_a_gradient_keeps_no_more_than_that():
 def test_gradients_of_a_rounded_quotient_are_those_of_the_reverse_and_forward_mode_alike():
     x, scale, bias, dy = draw((2, 8))
 
-    def rounded(*inputs):
-        return layer_norm(*inputs, jnp.bfloat16)
+    def rounded(x, scale, bias):
+        return layer_norm(x, scale, bias, jnp.bfloat16)
 
     _, vjp = jax.vjp(rounded, x, scale, bias)
     tangents = (dy, scale[::-1], bias[::-1])
