@@ -31,6 +31,7 @@ def test_the_report_says_what_a_device_needs(tmp_path: Path, libtpu: None) -> No
         data=DataConfig(batch_size=16),
         num_classes=10,
         output=output,
+        explain=True,
     )
     report = compile_for_topology(config)
     assert json.loads(output.read_text()) == report
@@ -39,6 +40,14 @@ def test_the_report_says_what_a_device_needs(tmp_path: Path, libtpu: None) -> No
     assert report["fits"]
     assert report["bytes_per_device"]["arguments"] > 4 * report["parameters"]
     assert report["collectives"]["all-reduce"] >= 1  # the gradients'
+    assert report["recompute"] == "activations"  # it fits as it is
+    held = report["held_at_peak"]
+    needs = report["bytes_per_device"]
+    # The compiler's own sum has gaps between arrays, and room for its own.
+    most = needs["arguments"] + needs["temporaries"]
+    assert needs["arguments"] < sum(entry["size"] for entry in held) < most
+    assert {entry["kind"].split()[0] for entry in held} >= {"argument", "forward", "backward"}
+    assert any(entry["layer"].startswith("layers_") for entry in held)
     assert report["config"]["output"] is None  # a path of the machine that compiled
 
 
