@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vmamba_jax.ops import layer_norm
+from vmamba_jax.ops.residuals import POLICIES
 
 
 def flax_layer_norm(x, scale, bias):
@@ -52,3 +53,29 @@ def test_bfloat16_is_normalised_and_returned_in_float32():
     assert actual.dtype == jnp.float32
     np.testing.assert_array_equal(actual, layer_norm(half.astype(jnp.float32), scale, bias))
     assert [d.dtype for d in vjp(dy)] == [jnp.bfloat16, jnp.float32, jnp.float32]
+
+
+def test_of_a_narrower_quotient_a_gradient_keeps_no_more_than_that():
+    x, scale, bias, dy = draw((2, 3, 4, 96))
+    block = jax.checkpoint(layer_norm, static_argnums=(3,), policy=POLICIES["convolutions"])
+    actual, vjp = jax.vjp(lambda *inputs: block(*inputs, jnp.bfloat16), x, scale, bias)
+    kept = {(leaf.dtype.name, leaf.shape) for leaf in jax.tree.leaves(vjp) if leaf.size > 96}
+    # ... and one deviation a position, which is too few numbers to be listed.
+    assert kept == {("bfloat16", x.shape)}
+    expected, expected_vjp = jax.vjp(layer_norm, x, scale, bias)
+    np.testing.assert_allclose(actual, expected, atol=2**-8 * np.abs(expected).max())
+    for ours, theirs in zip(vjp(dy), expected_vjp(dy), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2**-7 * np.abs(theirs).max())
+
+
+def test_gradients_of_a_rounded_quotient_are_those_of_the_reverse_and_forward_mode_alike():
+    x, scale, bias, dy = draw((2, 8))
+
+    def rounded(*inputs):
+        return layer_norm(*inputs, jnp.bfloat16)
+
+    _, vjp = jax.vjp(rounded, x, scale, bias)
+    tangents = (dy, scale[::-1], bias[::-1])
+    _, tangent = jax.jvp(rounded, (x, scale, bias), tangents)
+    along = sum((d * t).sum() for d, t in zip(vjp(dy), tangents, strict=True))
+    np.testing.assert_allclose((tangent * dy).sum(), along, rtol=1e-5)

@@ -11,7 +11,7 @@ from vmamba_jax import model_config
 from vmamba_jax.models import VSSM
 from vmamba_jax.models.layers import Dense, activations
 from vmamba_jax.ops import add_bias, linear
-from vmamba_jax.ops.residuals import KEPT, keep
+from vmamba_jax.ops.residuals import POLICIES, keep
 
 
 def draw(*shape, dtype=jnp.float32):
@@ -89,7 +89,7 @@ def test_bfloat16_stays_and_its_bias_gradient_is_summed_in_float32():
 
 
 def test_what_is_not_marked_is_computed_again():
-    @partial(jax.checkpoint, policy=KEPT)
+    @partial(jax.checkpoint, policy=POLICIES["activations"])
     def block(x):
         return jnp.tanh(keep(jnp.sin(jnp.exp(x))))
 

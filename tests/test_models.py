@@ -137,22 +137,25 @@ def test_dropout_acts_in_training_only():
     assert np.abs(noisy - calm).max() > 1e-4
 
 
-@pytest.mark.exhaustive
-def test_recomputation_changes_memory_and_nothing_else():
+@pytest.mark.parametrize(
+    "recompute", ["convolutions", pytest.param("blocks", marks=pytest.mark.exhaustive)]
+)
+def test_recomputation_changes_memory_and_nothing_else(recompute):
     images = draw(2, 16, 16, 3)
 
-    def gradients(config):
+    def gradients(recompute):
         def loss(params):
-            model = VSSM(config)
+            model = VSSM(SMALL, recompute=recompute)
             rngs = {"dropout": jax.random.key(3)}
             logits = model.apply({"params": params}, images, train=True, rngs=rngs)
             return jnp.square(logits).sum()  # pyright: ignore[reportArgumentType]
 
         return jax.jit(jax.grad(loss))(small_variables()["params"])
 
-    plain, recomputed = gradients(SMALL), gradients(SMALL.replace(use_checkpoint=True))
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), plain, recomputed
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+        gradients("activations"),
+        gradients(recompute),
     )
 
 

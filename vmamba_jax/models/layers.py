@@ -174,9 +174,12 @@ class LayerNorm(nn.Module):
     """LayerNorm over the channels, in float32 whatever it is given: see `ops.layer_norm`.
 
     Attributes:
+        dtype: what the normalised map is rounded to, and kept in for the gradient, before it is
+            scaled.
         param_dtype: dtype of the parameters.
     """
 
+    dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -186,7 +189,7 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
         # Converted weights may still be NumPy arrays.
-        return ops.layer_norm(x, jnp.asarray(scale), jnp.asarray(bias))
+        return ops.layer_norm(x, jnp.asarray(scale), jnp.asarray(bias), self.dtype)
 
 
 class BatchNorm(nn.BatchNorm):
@@ -214,11 +217,16 @@ class BatchNorm(nn.BatchNorm):
         return y
 
 
-def norm(kind: str, train: bool, param_dtype: Dtype, name: str) -> LayerNorm | BatchNorm:
-    """The normalisation of a config: ``"ln"``, ``"ln2d"`` (the same, channels-last) or ``"bn"``."""
+def norm(
+    kind: str, train: bool, param_dtype: Dtype, name: str, dtype: Dtype = jnp.float32
+) -> LayerNorm | BatchNorm:
+    """The normalisation of a config: ``"ln"``, ``"ln2d"`` (the same, channels-last) or ``"bn"``.
+
+    `dtype` is that of `LayerNorm`; BatchNorm computes in float32.
+    """
     if kind == "bn":
         return BatchNorm(use_running_average=not train, param_dtype=param_dtype, name=name)
-    return LayerNorm(param_dtype=param_dtype, name=name)
+    return LayerNorm(dtype=dtype, param_dtype=param_dtype, name=name)
 
 
 class Dropout(nn.Module):

@@ -181,7 +181,7 @@ class SS2D(nn.Module):
             return depthwise_conv(
                 y.shape[-1], 3, use_bias=False, name="out_norm_conv", param_dtype=self.param_dtype
             )(y)
-        y = LayerNorm(param_dtype=self.param_dtype, name="out_norm")(y)
+        y = LayerNorm(name="out_norm", **dtypes_of(self))(y)
         if kind == "cnorm":
             y = depthwise_conv(
                 y.shape[-1], 3, use_bias=False, name="out_norm_conv", param_dtype=self.param_dtype

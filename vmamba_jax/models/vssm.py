@@ -22,7 +22,7 @@ from vmamba_jax.models.layers import (
 )
 from vmamba_jax.models.ss2d import SS2D
 from vmamba_jax.ops.per_device import batch_axes, split_like
-from vmamba_jax.ops.residuals import KEPT, keep
+from vmamba_jax.ops.residuals import POLICIES, Recompute, keep
 from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, Precision, ResampledMap
 
 
@@ -53,7 +53,7 @@ class VSSBlock(nn.Module):
         dtypes = dtypes_of(self)
 
         def residual(x: FeatureMap, branch: nn.Module, norm_name: str) -> FeatureMap:
-            normalise = norm(config.norm_layer, train, self.param_dtype, norm_name)
+            normalise = norm(config.norm_layer, train, self.param_dtype, norm_name, self.dtype)
             y = (
                 normalise(branch(x, train))  # pyright: ignore[reportCallIssue]
                 if config.post_norm
@@ -116,6 +116,9 @@ class VSSM(nn.Module):
         precision: of the float32 products outside of the blocks (patch embedding, downsampling,
             classifier), see `jax.lax.Precision`: float32 on every device. None is what
             `jax.default_matmul_precision` says, by default as fast as the device likes.
+        recompute: what of a block a gradient does not keep but compute again: its
+            ``"activations"`` and normalisations; its depthwise ``"convolutions"`` and the patch
+            embedding too; or whole ``"blocks"``, as with the config's `use_checkpoint`.
     """
 
     config: VMambaConfig
@@ -124,6 +127,7 @@ class VSSM(nn.Module):
     param_dtype: Dtype = jnp.float32
     scan_blocks: bool = False
     precision: Precision = "highest"
+    recompute: Recompute = "activations"
 
     @nn.compact
     def __call__(
@@ -155,7 +159,10 @@ class VSSM(nn.Module):
         if out_indices is not None:
             _check_indices(out_indices, stages)
 
-        x = PatchEmbed(
+        embed = PatchEmbed
+        if self.recompute != "activations":
+            embed = nn.remat(PatchEmbed, static_argnums=(2,), policy=POLICIES["blocks"])
+        x = embed(
             config.stage_dims[0],
             config.patch_size,
             config.patchembed_version,
@@ -221,7 +228,7 @@ class VSSM(nn.Module):
 
     def _kept(self) -> Callable[..., bool] | None:
         """What the gradient of a block does not compute again."""
-        return None if self.config.use_checkpoint else KEPT
+        return POLICIES["blocks" if self.config.use_checkpoint else self.recompute]
 
     def _loop(self, x: FeatureMap, stage: int, rates: list[float], train: bool) -> FeatureMap:
         """The blocks of a stage as one, with the parameters of each in turn."""
@@ -248,7 +255,8 @@ class VSSM(nn.Module):
             return y, None  # pyright: ignore[reportReturnType]
 
         block = jax.checkpoint(jax.jit(block), policy=self._kept())
-        x, _ = jax.lax.scan(block, x, (stacked, jnp.asarray(rates, jnp.float32), keys))
+        with jax.named_scope(f"layers_{stage}_blocks"):
+            x, _ = jax.lax.scan(block, x, (stacked, jnp.asarray(rates, jnp.float32), keys))
         return x
 
     def _downsample(self, x: FeatureMap, stage: int, train: bool) -> ResampledMap:

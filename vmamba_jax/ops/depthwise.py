@@ -14,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 from vmamba_jax.ops import _cpu
 from vmamba_jax.ops._wide import wide
 from vmamba_jax.ops.per_device import per_device
-from vmamba_jax.ops.residuals import keep
+from vmamba_jax.ops.residuals import keep_convolution
 from vmamba_jax.typing import Array, FeatureMap, Float
 
 
@@ -29,8 +29,8 @@ def depthwise_conv(x: FeatureMap, kernel: Float[Array, "S S C"]) -> Float[Array,
         The convolved map in float32, or wider if `kernel` is.
     """
     by = (len(kernel) - 1) // 2
-    padded = keep(jnp.pad(x, ((0, 0), (by, by), (by, by), (0, 0))))
-    return keep(_correlate(padded, kernel.astype(wide(kernel.dtype))))
+    padded = keep_convolution(jnp.pad(x, ((0, 0), (by, by), (by, by), (0, 0))))
+    return keep_convolution(_correlate(padded, kernel.astype(wide(kernel.dtype))))
 
 
 def _gather(

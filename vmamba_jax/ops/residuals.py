@@ -1,22 +1,36 @@
 """What a gradient keeps of the forward pass, and the order it computes in.
 
-A block is differentiated under ``jax.checkpoint(block, policy=KEPT)``: it keeps what `keep` marks,
-the results of products, convolutions and scans, and computes normalisations and activations again.
+A block is differentiated under ``jax.checkpoint(block, policy=POLICIES[name])``: it keeps what is
+marked here, as far as the name says, and computes the rest again.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Literal, TypeVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-_NAME = "vmamba_jax"
+_DEAR, _CONVOLUTION = "vmamba_jax", "vmamba_jax_convolution"
 T = TypeVar("T")
 
-keep = partial(checkpoint_name, name=_NAME)
-"""Marks arrays that are dearer to compute again than to keep."""
+keep = partial(checkpoint_name, name=_DEAR)
+"""Marks arrays that are dear to compute again: products, scans; and what stands for them."""
 
-KEPT = jax.checkpoint_policies.save_only_these_names(_NAME)
+keep_convolution = partial(checkpoint_name, name=_CONVOLUTION)
+"""Marks what a depthwise convolution pads and returns: a hundredth of a block's operations."""
+
+Recompute = Literal["activations", "convolutions", "blocks"]
+
+POLICIES: Mapping[str, Callable[..., bool] | None] = MappingProxyType(
+    {
+        "activations": jax.checkpoint_policies.save_only_these_names(_DEAR, _CONVOLUTION),
+        "convolutions": jax.checkpoint_policies.save_only_these_names(_DEAR),
+        "blocks": None,
+    }
+)
+"""What is computed again: activations and normalisations; depthwise convolutions too; all of it."""
 
 
 def together(arrays: T) -> T:

@@ -14,6 +14,7 @@ from vmamba_jax.data import batches_per_epoch
 from vmamba_jax.run_folder import complete_steps
 from vmamba_jax.training.config import EvalConfig, RunConfig
 from vmamba_jax.training.evaluate import Evaluation, evaluate
+from vmamba_jax.training.fit import learner_that_fits
 from vmamba_jax.training.interrupt import StopRequest
 from vmamba_jax.training.metrics import read_rows
 from vmamba_jax.training.optimizer import make_schedule
@@ -70,7 +71,12 @@ def classification_task(config: RunConfig, mesh: Mesh, console: Console) -> Task
     fresh = not complete_steps(config.run / "checkpoints")
     weights = initial_weights(config) if fresh else None
     architecture = architecture_of(config, weights)
-    learner = build_learner(config, architecture, num_classes=len(class_names), mesh=mesh)
+    learner = learner_that_fits(
+        config,
+        lambda choice: build_learner(choice, architecture, num_classes=len(class_names), mesh=mesh),
+        mesh,
+        console,
+    )
     eval_step = make_eval_step(learner.model, mesh, preprocessing_of(data))
 
     def starting_weights(initial: Variables) -> Variables:

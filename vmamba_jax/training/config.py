@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vmamba_jax._closest import closest
+from vmamba_jax.ops.residuals import Recompute
 from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from vmamba_jax.training.optimizer import OptimizerConfig
 from vmamba_jax.training.sharding import MeshConfig
@@ -27,6 +28,10 @@ class ModelConfig:
         scan_blocks: run the blocks of a stage in a loop, which compiles much sooner.
         precision: of the float32 products outside of the blocks: ``highest`` is float32 on every
             device, ``default`` as fast as the device likes.
+        recompute: what of a block the backward pass computes again to save memory: its
+            ``activations``, its ``convolutions`` too, or whole ``blocks``, which is
+            `use_checkpoint`; ``auto`` takes the first of them whose step fits the devices, found
+            out by compiling (on a CPU, which does not say how much it has, ``activations``).
     """
 
     name: str | None = "vmamba_digits"
@@ -35,6 +40,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     scan_blocks: bool = False
     precision: Literal["highest", "default"] = "highest"
+    recompute: Recompute | Literal["auto"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

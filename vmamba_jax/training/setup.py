@@ -92,6 +92,7 @@ def as_in_run(config: ModelConfig, architecture: VMambaConfig) -> VSSM:
         dtype=jnp.dtype(config.dtype),
         scan_blocks=config.scan_blocks,
         precision=None if config.precision == "default" else config.precision,
+        recompute="activations" if config.recompute == "auto" else config.recompute,
     )
 
 

@@ -244,6 +244,7 @@ def _identity_of(config: AnyRun, architecture: NetworkConfig) -> AnyRun:
             name=blank.model.name,
             use_checkpoint=blank.model.use_checkpoint,
             scan_blocks=blank.model.scan_blocks,
+            **({} if is_segmenter else {"recompute": blank.model.recompute}),
         ),
         optimizer=dataclasses.replace(
             optimizer, accumulation_steps=optimizer.accumulation_steps if in_parts else 1
