@@ -45,9 +45,9 @@ def weights_of(routes, channels, states):
 
 
 def make_map(batch, height, width, channels, states, dtype=jnp.float32):
-    """A map, what it projects to, and the weights of its four routes."""
+    """A map, what each position projects to, and the weights of its four routes."""
     x = draw(batch, height, width, channels, dtype=dtype)
-    projected = draw(batch, height, width, 4, RANK + 2 * states, dtype=dtype)
+    projected = draw(batch, height, width, 4 * (RANK + 2 * states), dtype=dtype)
     *others, lift = weights_of(4, channels, states)
     return (x, projected, *others, lift.astype(dtype))
 
@@ -63,7 +63,7 @@ def make_sequence(batch, length, routes, channels, states, dtype=jnp.float32):
 def route_by_route(x, projected, A, D, bias, lift, order):
     """Reads the map along each route, scans it by the reference, and merges."""
     states = A.shape[-1]
-    read = [cross_scan(projected[..., k, :], order)[:, :, k] for k in range(4)]
+    read = [cross_scan(p, order)[:, :, k] for k, p in enumerate(jnp.split(projected, 4, -1))]
     delta, b, c = jnp.split(jnp.stack(read, axis=2), (RANK, RANK + states), axis=-1)
     y = _reference.selective_scan(cross_scan(x, order), delta, A, b, c, D, bias, lift, True, False)
     return cross_merge(y, *x.shape[1:3], order)
