@@ -81,6 +81,12 @@ def assert_alike(actual, expected, inputs, tolerance):
         assert error < tolerance
 
 
+def text_of(compiled):
+    text = compiled.as_text()
+    assert text is not None
+    return text
+
+
 fused = partial(_pallas_tpu.selective_scan_2d, interpret=True)
 alone = partial(_pallas_tpu.selective_scan, interpret=True)
 
@@ -190,7 +196,7 @@ def test_every_device_of_a_mesh_scans_its_part_of_the_batch():
         inputs = jax.device_put(inputs, (by_batch, by_batch, *[whole] * 4))
         lowered = run.lower(fused, inputs, jax.device_put(dy, by_batch), "cross2d")
         compiled = lowered.compile()
-        assert "all-gather" not in compiled.as_text()
+        assert "all-gather" not in text_of(compiled)
         actual = compiled(inputs, jax.device_put(dy, by_batch))
     for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -289,9 +295,11 @@ def test_tpu_compiler_takes_the_kernels(describe, chip, side, channels, states):
 
     with jax.default_device(device):
         compiled = jax.jit(step).lower(x, dy).compile()
-    assert compiled.as_text().count("tpu_custom_call") >= 2
+    assert text_of(compiled).count("tpu_custom_call") >= 2
     # No (B, L, K, C, N) array: at d_state 16 that alone is 64 times x.
-    assert compiled.memory_analysis().temp_size_in_bytes < 20 * 4 * x.size
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 20 * 4 * x.size
 
 
 @pytest.mark.tpu
@@ -311,7 +319,7 @@ def test_tpu_compiler_takes_the_kernels_on_a_mesh(describe, dtype):
     step = jax.jit(output_and_gradients, static_argnums=(0, 3))
     with jax.set_mesh(mesh):
         lowered = step.lower(_pallas_tpu.selective_scan_2d, inputs, dy, "cross2d")
-    text = lowered.compile().as_text()
+    text = text_of(lowered.compile())
     assert text.count("tpu_custom_call") == 2
     assert "all-gather" not in text
 
