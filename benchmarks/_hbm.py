@@ -1,8 +1,9 @@
-"""Bytes that cross HBM: for a Pallas TPU kernel, from its block specs, and for what is around it."""
+"""Bytes that cross HBM for Pallas kernels, from their block specs, and for what is around them."""
 
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 from unittest import mock
@@ -44,7 +45,7 @@ def crossings(function: Callable[..., Any], *arguments: Any) -> list[Crossing]:
         return record
 
     with mock.patch.object(pl, "pallas_call", recorded):
-        jax.eval_shape(lambda *arrays: function(*arrays), *arguments)  # never a cached trace
+        jax.eval_shape(partial(function), *arguments)  # itself, it might be cached
     return met
 
 
@@ -59,15 +60,8 @@ def _bytes(spec: Any, array: Any, grid: Sequence[int]) -> tuple[int, int]:
 
 
 # Of a module's instructions, those that move nothing by themselves.
-_FREE = {
-    "parameter",
-    "constant",
-    "bitcast",
-    "tuple",
-    "get-tuple-element",
-    "custom-call",
-    "copy-done",
-}
+_FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "custom-call"}
+_FREE |= {"copy-done", "slice-done"}
 _ARRAY = re.compile(r"(pred|[a-z]+[0-9]+)\[([0-9,]*)\](?:\{([^}]*)\})?")
 
 
@@ -77,7 +71,7 @@ def around_kernels(module: str) -> int:
     Args:
         module: its text. What lies in VMEM there, memory space ``S(1)``, does not count.
     """
-    entry = module[module.index("\nENTRY ") :].split("\n}")[0]
+    entry, _, _ = module[module.index("\nENTRY ") :].partition("\n}")
     sizes: dict[str, int] = {}
     moved = 0
     for line in entry.splitlines():
@@ -86,7 +80,9 @@ def around_kernels(module: str) -> int:
             continue
         name, result, kind, operands = found.groups()
         sizes[name] = sum(map(_in_hbm, _ARRAY.findall(result)))
-        if kind not in _FREE:
+        if kind.endswith("-start"):  # between HBM and VMEM: the second array of the result
+            moved += _in_hbm((*_ARRAY.findall(result)[1][:2], ""))
+        elif kind not in _FREE:
             moved += sizes[name] + sum(sizes[o] for o in re.findall(r"%[\w.\-]+", operands))
     return moved
 

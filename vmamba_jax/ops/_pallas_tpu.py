@@ -5,8 +5,9 @@ what it projects to and the routes' sum cross HBM once each; delta is lifted to 
 The gradient keeps the inputs only. A sequence is a map with one route; one too long for VMEM goes
 through it in blocks, and its gradient keeps the state entering each block.
 
-Arrays: u (B, L, C); z (B, L, K, E), of each position and route delta (R), B (N) and C (N); weights
-(K, N + 2, C), which are A, D and the bias; lift (K, R, C), from delta to the channels.
+Arrays: u (B, L, C); z (B, L, K E), of each position and route delta (R), B (N) and C (N), and
+maybe zeros behind them; weights (K, N + 2, C), which are A, D and the bias; lift (K, R, C), from
+delta to the channels.
 """
 
 import math
@@ -23,7 +24,7 @@ from jax.sharding import AxisType, PartitionSpec
 from vmamba_jax.ops import _pallas_tpu_kernels as kernels
 from vmamba_jax.ops import _reference
 from vmamba_jax.ops._alike import alike
-from vmamba_jax.ops._pallas_tpu_blocks import Plan, Scan, Sizes, plan
+from vmamba_jax.ops._pallas_tpu_blocks import LANES, Plan, Scan, Sizes, plan
 from vmamba_jax.ops.residuals import keep
 from vmamba_jax.typing import Array, FeatureMap, Float
 
@@ -61,9 +62,7 @@ def selective_scan(
     dtype = reduce(jnp.promote_types, (a.dtype for a in (delta, B, C)))
     z = jnp.concatenate([a.astype(dtype) for a in (delta, B, C)], axis=-1)
     scanned = (
-        _scan_routes(
-            u[:, :, k], z[:, :, k : k + 1], weights[k : k + 1], delta_proj[k : k + 1], scan
-        )
+        _scan_routes(u[:, :, k], z[:, :, k], weights[k : k + 1], delta_proj[k : k + 1], scan)
         for k in range(routes)
     )
     return jnp.stack([y.astype(u.dtype) for y in scanned], axis=2)
@@ -71,7 +70,7 @@ def selective_scan(
 
 def selective_scan_2d(
     x: FeatureMap,
-    projected: Float[Array, "B H W K E"],
+    projected: Float[Array, "B H W KE"],
     A: Float[Array, "K C N"],
     D: Float[Array, "K C"],
     delta_bias: Float[Array, "K C"],
@@ -83,7 +82,8 @@ def selective_scan_2d(
 
     Args:
         x: feature map.
-        projected: delta (R), B (N) and C (N) of each position, for each route.
+        projected: delta (R), B (N) and C (N) of each position, for each route, side by side: what
+            the rows that `projection` gives make of the map.
         A: decay rates, negative.
         D: skip weights.
         delta_bias: bias of the step size.
@@ -97,8 +97,19 @@ def selective_scan_2d(
     batch, height, width, channels = x.shape
     scan = Scan(order, height, width, True, interpret)
     u = x.reshape(batch, height * width, channels)
-    z = projected.reshape(batch, height * width, *projected.shape[3:])
+    z = projected.reshape(batch, height * width, -1)
     return _scan_routes(u, z, _weights(A, D, delta_bias), delta_proj, scan).reshape(x.shape)
+
+
+def projection(x_proj: Float[Array, "K E C"]) -> Float[Array, "KE C"]:
+    """The rows that project a position for all routes.
+
+    Where those of one position fill more than half a register's lanes, rows of zeros fill the rest,
+    so that the product lies in memory as the kernel reads it.
+    """
+    rows = x_proj.reshape(-1, x_proj.shape[-1])
+    more = -rows.shape[0] % LANES if 2 * rows.shape[0] > LANES else 0
+    return jnp.pad(rows, ((0, more), (0, 0)))
 
 
 def _weights(
@@ -111,7 +122,7 @@ def _weights(
 
 def _scan_routes(
     u: Float[Array, "B L C"],
-    z: Float[Array, "B L K E"],
+    z: Float[Array, "B L KE"],
     weights: Float[Array, "K N2 C"],
     delta_proj: Float[Array, "K C R"],
     scan: Scan,
@@ -200,7 +211,9 @@ def _by_reference(arguments, scan: Scan) -> Float[Array, "B L C"]:
     states = weights.shape[1] - 2
     total = jnp.zeros_like(u, jnp.float32)
     for k, at in enumerate(scan.positions(u.shape[1])):
-        delta, b, c = jnp.split(z[:, at, k : k + 1], (lift.shape[1], lift.shape[1] + states), -1)
+        first, (_, rank, _) = k * (lift.shape[1] + 2 * states), lift.shape
+        of_route = z[:, at, None, first : first + rank + 2 * states]
+        delta, b, c = jnp.split(of_route, (rank, rank + states), -1)
         a, skip, bias = jnp.split(weights[k : k + 1], (states, states + 1), 1)
         y = _reference.selective_scan(
             u[:, at, None].astype(jnp.float32), delta, a.mT, b, c, skip[:, 0], bias[:, 0],

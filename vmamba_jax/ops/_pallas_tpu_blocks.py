@@ -55,7 +55,8 @@ class Sizes(NamedTuple):
     def of(cls, u: Array, z: Array, weights: Array, lift: Array) -> "Sizes":
         """Of a scan's arrays: see `_pallas_tpu`."""
         batch, length, channels = u.shape
-        return cls(batch, length, channels, z.shape[2], lift.shape[1], weights.shape[1] - 2)
+        routes, rank, _ = lift.shape
+        return cls(batch, length, channels, routes, rank, weights.shape[1] - 2)
 
     @property
     def projected(self) -> int:
@@ -236,19 +237,15 @@ class Blocks:
         return a.swapaxes(0, 1)[: self.sizes.batch]
 
     def pack(self, z: Array) -> Array:
-        """``(B, L, K, E) -> (L / together, B, packed)``, filled up with zeros."""
+        """``(B, L, K E) -> (L / together, B, packed)``, filled up with zeros."""
         together, packed = self.sizes.together, self.sizes.packed
-        z = self.lay(z.reshape(*z.shape[:2], -1))
+        z = self.lay(z)
         more, slot = self.grid[1] * self.rows_of_z * together - z.shape[0], packed // together
         z = jnp.pad(z, ((0, more), (0, 0), (0, slot - z.shape[2])))
         z = z.reshape(-1, together, self.batch, slot).swapaxes(1, 2)
         return z.reshape(-1, self.batch, packed)
 
-    def unpack(self, z: Array) -> Array:
+    def unpack(self, z: Array, numbers: int) -> Array:
         """Undoes `pack`."""
-        sizes = self.sizes
-        z = z.reshape(z.shape[0], self.batch, sizes.together, -1).swapaxes(1, 2)
-        z = z.reshape(-1, self.batch, z.shape[3])[
-            : self.length, :, : sizes.routes * sizes.projected
-        ]
-        return self.unlay(z).reshape(sizes.batch, sizes.length, sizes.routes, sizes.projected)
+        z = z.reshape(z.shape[0], self.batch, self.sizes.together, -1).swapaxes(1, 2)
+        return self.unlay(z.reshape(-1, self.batch, z.shape[3])[: self.length, :, :numbers])

@@ -81,7 +81,7 @@ def backward(
         d.swapaxes(2, 3).reshape(*d.shape[:2], d.shape[3], parts * lanes)
         for d in (dweights, dlift)
     )
-    return at.unlay(du), at.unpack(dz).astype(z.dtype), dweights, dlift
+    return at.unlay(du), at.unpack(dz, z.shape[2]).astype(z.dtype), dweights, dlift
 
 
 def _parameters(plan: Plan) -> pltpu.CompilerParams:

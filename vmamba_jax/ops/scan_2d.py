@@ -59,17 +59,17 @@ def selective_scan_2d(
     if order == "cascade2d":
         return _cascade(x, x_proj, weights, force_fp32, names)
     routes_of(order)
-    x = together(x)  # each layout and each skip reads it
-    batched = (x, _project(x, x_proj))
     on = platform() if names else None
-    return keep(_scan_map(batched, weights, order, force_fp32, names, on))
+    # Each layout and each skip reads the map.
+    y = _scan_map(together(x), (x_proj, *weights), order, force_fp32, names, on)
+    return keep(y)
 
 
 # Under `jax.jit`, maps of the same shapes are traced once.
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _scan_map(
-    batched: tuple[Array, Array],
-    weights: Weights,
+    x: FeatureMap,
+    weights: tuple[Array, ...],
     order: str,
     force_fp32: bool,
     names: tuple[str, ...],
@@ -78,28 +78,29 @@ def _scan_map(
     """All routes at once where the TPU's kernel is asked for, or the default; else one by one."""
 
     def by_route(names: Sequence[str]) -> Callable[..., Array]:
-        def scan(x: Array, projected: Array, *weights: Array) -> Array:
+        def scan(x: Array, x_proj: Array, *weights: Array) -> Array:
             one = partial(_scan_route, weights, force_fp32, names)
-            return _along_routes(x, projected, order, one)
+            return _along_routes(x, _project(x, x_proj), order, one)
 
         return scan
 
-    def whole(x: Array, projected: Array, *weights: Array) -> Array:
+    def whole(x: Array, x_proj: Array, *weights: Array) -> Array:
+        projected = linear(x, _pallas_tpu.projection(x_proj).T)
         u, z = (a.astype(jnp.float32) if force_fp32 else a for a in (x, projected))
         decay_rate, *others = weights
         try:
             return _pallas_tpu.selective_scan_2d(u, z, decay_rate, *others, order=order)
         except NotImplementedError:
-            return by_route(names)(x, projected, *weights)
+            return by_route(names)(x, x_proj, *weights)
 
-    def scan(batched: tuple[Array, Array], weights: Weights) -> Array:
+    def scan(x: Array, weights: tuple[Array, ...]) -> Array:
         if names:
             fused = names[0] == "pallas_tpu" and on == "tpu"
-            return (whole if fused else by_route(names))(*batched, *weights)
+            return (whole if fused else by_route(names))(x, *weights)
         by_platform = {name: by_route(names) for name, names in DEFAULTS.items()}
-        return jax.lax.platform_dependent(*batched, *weights, **{**by_platform, "tpu": whole})
+        return jax.lax.platform_dependent(x, *weights, **{**by_platform, "tpu": whole})
 
-    return per_device(scan, batched, weights)
+    return per_device(scan, x, weights)
 
 
 def _scan_route(
