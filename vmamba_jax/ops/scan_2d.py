@@ -85,7 +85,7 @@ def _scan_map(
         return scan
 
     def whole(x: Array, x_proj: Array, *weights: Array) -> Array:
-        projected = linear(x, _pallas_tpu.projection(x_proj).T)
+        projected = keep_scan_input(product(x, _pallas_tpu.projection(x_proj).T))
         u, z = (a.astype(jnp.float32) if force_fp32 else a for a in (x, projected))
         decay_rate, *others = weights
         try:
