@@ -66,7 +66,8 @@ def route_by_route(x, projected, A, D, bias, lift, order):
     read = [cross_scan(p, order)[:, :, k] for k, p in enumerate(jnp.split(projected, 4, -1))]
     delta, b, c = jnp.split(jnp.stack(read, axis=2), (RANK, RANK + states), axis=-1)
     y = _reference.selective_scan(cross_scan(x, order), delta, A, b, c, D, bias, lift, True, False)
-    return cross_merge(y, *x.shape[1:3], order)
+    _, height, width, _ = x.shape
+    return cross_merge(y, height, width, order)
 
 
 def output_and_gradients(scan, inputs, dy, *static):
