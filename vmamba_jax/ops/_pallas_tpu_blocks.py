@@ -102,12 +102,10 @@ def plan(sizes: Sizes, u_bytes: int, z_bytes: int) -> Plan:
     parts, buffers = (1,), (2, 1)
     if sizes.routes == 1:
         parts, buffers = [2**n for n in range(sizes.length.bit_length())], (2,)
-    for part, buffer, lane, row, longest in product(
-        parts, buffers, lanes, rows[:1] if tall else rows, (64, 16, 8)
-    ):
-        longest = min(longest, max(8, 2**19 // (row * lane)))  # noqa: PLW2901
+    rows = rows[:1] if tall else rows
+    for part, buffer, lane, row, most in product(parts, buffers, lanes, rows, (64, 16, 8)):
         block = -(-sizes.length // part)
-        chunk = chunk_length(block, longest)
+        chunk = chunk_length(block, min(most, max(8, 2**19 // (row * lane))))
         if part > 1:
             chunk = _whole(chunk, sizes.together)
             block = _whole(block, chunk)
@@ -140,7 +138,8 @@ def _bytes(plan: Plan, sizes: Sizes, u_bytes: int, z_bytes: int) -> int:
     blocks = wide * (2 * u_bytes + 4) + narrow * (z_bytes + dz_bytes)
     blocks += 4 * weights * (1 + sizes.routes * parts)
     chunks = -(-plan.block // plan.chunk)
-    per_step = lanes * (states + 2) + 2 * _whole(sizes.projected, LANES)
+    # Of the products over a chunk, factors and results are there too while they are computed.
+    per_step = lanes * (states + 2 + 4) + 4 * _whole(sizes.projected, LANES)
     scratch = plan.chunk * per_step + lanes * (states * (chunks + parts) + states + 2)
     total = 4 * wide if _summed(sizes, u_bytes) else 0
     return plan.buffers * blocks + 4 * plan.rows * scratch + total
