@@ -75,3 +75,13 @@ def test_what_a_gradient_keeps_is_found_by_its_layer():
     assert memory is not None
     expected = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     assert sum(h.size for h in held) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "HloModule other", PROGRAM.replace(" body=%body", ""), PROGRAM.replace("s32[]", "?")],
+    ids=["nothing", "no instructions", "a loop without its body", "no types"],
+)
+def test_a_program_that_is_written_otherwise_is_refused_in_one_way(text: str):
+    with pytest.raises(ValueError, match="in a way that is not known here"):
+        held_at_peak(text)

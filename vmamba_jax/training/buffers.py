@@ -54,11 +54,19 @@ def held_at_peak(program: str) -> list[Held]:
     Returns:
         Arrays by layer, kind, dtype and shape. Their sum is near what the compiler says, not equal:
         it may share memory in ways that the text does not tell, and can't pack without gaps.
+
+    Raises:
+        ValueError: if the text can't be read, as another compiler may write it.
     """
-    walk = _Walk(program)
     groups: dict[tuple[str, str, str], list[int]] = {}
-    for buffer in walk.peak_of_entry():
-        groups.setdefault((*walk.origin(buffer), buffer.array), []).append(buffer.size)
+    try:
+        walk = _Walk(program)
+        for buffer in walk.peak_of_entry():
+            groups.setdefault((*walk.origin(buffer), buffer.array), []).append(buffer.size)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"this compiler writes programs in a way that is not known here ({error!r})"
+        ) from error
     held = [Held(*key, len(sizes), sum(sizes)) for key, sizes in groups.items()]
     return sorted(held, key=lambda held: -held.size)
 

@@ -137,7 +137,10 @@ def compile_for_topology(config: CompileConfig, console: Console | None = None) 
         "config": to_json(dataclasses.replace(config, output=None)),
     }
     if config.explain:
-        report["held_at_peak"] = [held._asdict() for held in held_at_peak(program)]
+        try:
+            report["held_at_peak"] = [held._asdict() for held in held_at_peak(program)]
+        except ValueError as error:  # all else that was found in these minutes is still told
+            console.print(f"what is held at the peak can't be told: {error}")
     _print(report, console)
     if config.output is not None:
         config.output.write_text(json.dumps(report, indent=2) + "\n")
