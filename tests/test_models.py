@@ -159,6 +159,12 @@ def test_recomputation_changes_memory_and_nothing_else(recompute):
     )
 
 
+def test_an_unknown_choice_of_what_to_recompute_is_refused():
+    model = VSSM(SMALL, recompute="scan_input")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"unknown recompute 'scan_input'.*scan_inputs"):
+        jax.eval_shape(model.init, jax.random.key(0), draw(2, 16, 16, 3))
+
+
 def test_post_norm_normalises_what_a_branch_returns():
     config = SMALL.replace(depths=(1,), dims=16, post_norm=True, drop_path_rate=0.0)
     images = draw(2, 16, 16, 3)

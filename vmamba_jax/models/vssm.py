@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vmamba_jax._closest import closest
 from vmamba_jax.config import VMambaConfig
 from vmamba_jax.models.layers import (
     ConvDownsample,
@@ -151,7 +152,7 @@ class VSSM(nn.Module):
 
         Raises:
             ValueError: for integer images, a wrong rank, channel count or size, images that are
-                split over devices, or an out_indices out of range.
+                split over devices, an out_indices out of range, or an unknown `recompute`.
         """
         config = self.config
         dtypes = dtypes_of(self)
@@ -229,7 +230,10 @@ class VSSM(nn.Module):
 
     def _kept(self) -> Callable[..., bool] | None:
         """What the gradient of a block does not compute again."""
-        return POLICIES["blocks" if self.config.use_checkpoint else self.recompute]
+        name = "blocks" if self.config.use_checkpoint else self.recompute
+        if name not in POLICIES:
+            raise ValueError(f"unknown recompute {name!r}." + closest(name, POLICIES))
+        return POLICIES[name]
 
     def _loop(self, x: FeatureMap, stage: int, rates: list[float], train: bool) -> FeatureMap:
         """The blocks of a stage as one, with the parameters of each in turn."""
