@@ -160,7 +160,7 @@ def test_recomputation_changes_memory_and_nothing_else(recompute):
 
 
 def test_an_unknown_choice_of_what_to_recompute_is_refused():
-    model = VSSM(SMALL, recompute="scan_input")  # pyright: ignore[reportArgumentType]
+    model = VSSM(SMALL, recompute="scan_input")
     with pytest.raises(ValueError, match=r"unknown recompute 'scan_input'.*scan_inputs"):
         jax.eval_shape(model.init, jax.random.key(0), draw(2, 16, 16, 3))
 

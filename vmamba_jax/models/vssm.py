@@ -23,7 +23,7 @@ from vmamba_jax.models.layers import (
 )
 from vmamba_jax.models.ss2d import SS2D
 from vmamba_jax.ops.per_device import batch_axes, split_like
-from vmamba_jax.ops.residuals import POLICIES, Recompute, keep
+from vmamba_jax.ops.residuals import POLICIES, keep
 from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, Precision, ResampledMap
 
 
@@ -129,7 +129,7 @@ class VSSM(nn.Module):
     param_dtype: Dtype = jnp.float32
     scan_blocks: bool = False
     precision: Precision = "highest"
-    recompute: Recompute = "activations"
+    recompute: str = "activations"
 
     @nn.compact
     def __call__(
