@@ -63,6 +63,14 @@ class Preprocessing:
         return dataclasses.replace(self, **changes)
 
 
+def scale_and_shift(
+    white: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """``(value / white - mean) / std`` as ``value * scale - shift``, float32, one a channel."""
+    deviation = np.array(std, np.float32)
+    return 1 / (white * deviation), np.array(mean, np.float32) / deviation
+
+
 def normalize_images(
     images: Images, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "B image_H image_W image_C"]:
@@ -73,9 +81,7 @@ def normalize_images(
         mean: subtracted from each channel.
         std: what each channel is then divided by.
     """
-    white = 255 if images.dtype == jnp.uint8 else 1
-    scale = 1 / (white * np.array(std, np.float32))
-    shift = np.array(mean, np.float32) / np.array(std, np.float32)
+    scale, shift = scale_and_shift(255 if images.dtype == jnp.uint8 else 1, mean, std)
     one = (1, 1, 1, len(std))
     return images.astype(jnp.float32) * scale.reshape(one) - shift.reshape(one)
 

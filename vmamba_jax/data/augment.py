@@ -17,7 +17,12 @@ from PIL import Image
 from vmamba_jax.data.bands import Bands, Picture
 from vmamba_jax.data.errors import DataError
 from vmamba_jax.data.randaugment import RandAugment
-from vmamba_jax.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from vmamba_jax.preprocessing import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    scale_and_shift,
+)
 
 Pixels = Float32[np.ndarray, "H W C"]
 Values: TypeAlias = UInt8[np.ndarray, "H W C"] | Float32[np.ndarray, "H W C"]
@@ -198,9 +203,7 @@ def normalize(image: Picture, mean: tuple[float, ...], std: tuple[float, ...]) -
     Raises:
       ValueError: the image has not as many channels as ``mean`` has values.
     """
-    white = 255 if isinstance(image, Image.Image) else 1
-    scale = 1 / (white * np.array(std, np.float32))
-    shift = np.array(mean, np.float32) / np.array(std, np.float32)
+    scale, shift = scale_and_shift(255 if isinstance(image, Image.Image) else 1, mean, std)
     # Whole rows at a time: three channels are too short an inner loop for NumPy, ten times slower.
     width, height = image.size
     pixels = np.asarray(image)
