@@ -1,5 +1,6 @@
 """The model inside other people's JAX: what JAX promises of a function holds for it."""
 
+import re
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -48,6 +49,81 @@ def test_the_gradient_is_the_same_under_x64(params, gradient):
         actual = jax.jit(jax.grad(loss))(params, IMAGES)
     assert {a.dtype for a in jax.tree.leaves(actual)} == {jnp.dtype(jnp.float32)}
     assert_close(actual, gradient)
+
+
+FIRST_RELEASE = VSSM(
+    model_config("vanilla_vmamba_tiny").replace(
+        depths=(1,), dims=(16,), num_classes=5, drop_path_rate=0.0, ssm_d_state=4
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "implementation"),
+    [
+        (MODEL, "sequential"),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in [
+                (MODEL, "associative"),
+                (MODEL, "reference"),
+                (FIRST_RELEASE, "sequential"),
+                (FIRST_RELEASE, "associative"),
+                (FIRST_RELEASE, "reference"),
+            ]
+        ),
+    ],
+)
+def test_a_float64_model_is_the_float32_one_and_its_gradient_holds_to_rounding(
+    model, implementation
+):
+    narrow = jax.jit(model.init)(jax.random.key(0), IMAGES)
+    expected = jax.jit(model.apply)(narrow, IMAGES)
+    with jax.enable_x64(True):
+        wide = model.clone(
+            dtype=jnp.float64, param_dtype=jnp.float64, scan_implementation=implementation
+        )
+        variables, images = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (narrow, IMAGES))
+        rng = np.random.default_rng(1)
+        direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), variables)
+
+        @jax.jit
+        def evaluate(step):
+            def loss(variables):
+                logits = jnp.asarray(wide.apply(variables, images))
+                return jnp.square(logits).sum(), logits
+
+            moved = jax.tree.map(lambda a, d: a + step * d, variables, direction)
+            (value, logits), slopes = jax.value_and_grad(loss, has_aux=True)(moved)
+            along = sum(map(jnp.vdot, *map(jax.tree.leaves, (slopes, direction))))
+            return value, along, logits
+
+        (_, slope, logits), (ahead, *_), (behind, *_) = map(evaluate, (0.0, 1e-6, -1e-6))
+        assert logits.dtype == jnp.float64
+        assert_close(np.asarray(logits), np.asarray(expected))
+        np.testing.assert_allclose((ahead - behind) / 2e-6, slope, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"norm_layer": "bn"},
+        {"gmlp": True, "forward_type": "v0"},
+        {"forward_type": "m0_noz", "ssm_init": "v2", "ssm_d_state": 4, "ssm_dt_rank": 4},
+        {"forward_type": "v052dc"},
+        {"patchembed_version": "v1", "downsample_version": "v1", "posembed": True},
+    ],
+)
+def test_nothing_in_a_float64_model_is_rounded_to_float32(fields):
+    with jax.enable_x64(True):
+        config = MODEL.config.replace(**{"imgsize": 32} | fields)
+        model = VSSM(config, dtype=jnp.float64, param_dtype=jnp.float64)
+        images = jnp.zeros((1, 32, 32, 3), jnp.float64)
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        program = jax.jit(model.apply).lower(variables, images).as_text()
+    assert "xf64>" in program
+    assert not re.findall(r"convert.*f64>\) -> tensor<.*f32>", program)
 
 
 def test_the_gradient_is_the_same_inside_shard_map(params, gradient):

@@ -61,7 +61,7 @@ class VSSMBackbone(nn.Module):
                 ``norm_layer="bn"``.
 
         Returns:
-            One float32 map (B, h, w, C) for each of `out_indices`.
+            One float32 map (B, h, w, C), or float64 if `dtype` is, for each of `out_indices`.
 
         Raises:
             ValueError: for integer images, a wrong rank, channel count or size, or an

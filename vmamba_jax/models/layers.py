@@ -1,6 +1,7 @@
 """The layers around SS2D: normalisation, convolutions, patch embedding, downsampling, MLPs.
 
-Linear layers inside a block compute in `dtype`; all else is float32. Initial values follow
+Linear layers inside a block compute in `dtype`; all else is float32, or float64 where it is given
+that. Initial values follow
 PyTorch's defaults and VMamba's own, so that a model trained from scratch starts where the original
 does.
 """
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from vmamba_jax import ops
 from vmamba_jax.ops.layer_norm import EPSILON
 from vmamba_jax.ops.per_device import split_like
+from vmamba_jax.ops.wide import wide, widened
 from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Images, Precision, ResampledMap
 
 
@@ -42,24 +44,24 @@ def gelu(x: Array) -> Array:
 
 
 Activation = Callable[..., Array]
-"""``(x, bias=None)`` -> the activation of ``x + bias``, in float32 whatever it is given."""
+"""``(x, bias=None)`` -> the activation of ``x + bias``, in float32, or wider if `x` is."""
 
 
-def _in_float32(function: Callable[[Array], Array]) -> Activation:
+def _widening(function: Callable[[Array], Array]) -> Activation:
     def activation(x: Array, bias: Array | None = None) -> Array:
         if bias is not None:
             x = ops.add_bias(x, bias)
-        return function(x.astype(jnp.float32))
+        return function(widened(x))
 
     # For the gradient a step keeps the input only, and no erf or exponential of its size.
     return jax.checkpoint(activation)
 
 
 activations: dict[str, Activation] = {
-    "silu": _in_float32(jax.nn.silu),
-    "gelu": _in_float32(gelu),
-    "relu": _in_float32(jax.nn.relu),
-    "sigmoid": _in_float32(jax.nn.sigmoid),
+    "silu": _widening(jax.nn.silu),
+    "gelu": _widening(gelu),
+    "relu": _widening(jax.nn.relu),
+    "sigmoid": _widening(jax.nn.sigmoid),
 }
 """By name."""
 
@@ -118,6 +120,11 @@ class Dense(nn.Module):
         return activations[self.act_layer](linear(x, kernel), bias)
 
 
+def _as_wide_as_the_map(x: Any, *weights: Any, **_: Any) -> list[Array | None]:
+    """What Linen promotes a layer's arrays with; converted weights may still be NumPy arrays."""
+    return [x, *(None if w is None else jnp.asarray(w, wide(x.dtype)) for w in weights)]
+
+
 def conv(
     features: int,
     kernel: int,
@@ -129,19 +136,19 @@ def conv(
     param_dtype: Dtype,
     name: str,
 ) -> nn.Conv:
-    """A square float32 convolution, padded explicitly, with PyTorch's default initial values."""
+    """A square convolution, padded explicitly, with PyTorch's default initial values."""
     bound = (in_features * kernel * kernel) ** -0.5
     return nn.Conv(
         features,
         (kernel, kernel),
         strides=stride,
         padding=padding,
-        dtype=jnp.float32,
         param_dtype=param_dtype,
         kernel_init=uniform_init(bound),
         bias_init=uniform_init(bound),
+        promote_dtype=_as_wide_as_the_map,
         conv_general_dilated=lambda x, kernel, *_, **__: ops.strided_conv(
-            x, kernel, stride=stride, padding=padding, precision=precision
+            widened(x), kernel, stride=stride, padding=padding, precision=precision
         ),
         name=name,
     )
@@ -150,7 +157,7 @@ def conv(
 def depthwise_conv(
     features: int, kernel: int, *, use_bias: bool, param_dtype: Dtype, name: str
 ) -> nn.Conv:
-    """A convolution of each channel by itself, float32 out; an odd kernel keeps the map's size."""
+    """A convolution of each channel by itself, widened; an odd kernel keeps the map's size."""
     bound = 1 / kernel
     return nn.Conv(
         features,
@@ -161,25 +168,22 @@ def depthwise_conv(
         kernel_init=uniform_init(bound),
         bias_init=uniform_init(bound),
         # No matrix unit multiplies here: nothing needs rounding to the compute dtype.
-        promote_dtype=lambda *arrays, **_: list(arrays),
-        conv_general_dilated=lambda x, kernel, *_, **__: ops.depthwise_conv(
-            x,
-            jnp.asarray(kernel)[:, :, 0],  # converted weights may still be NumPy arrays
-        ),
+        promote_dtype=_as_wide_as_the_map,
+        conv_general_dilated=lambda x, kernel, *_, **__: ops.depthwise_conv(x, kernel[:, :, 0]),
         name=name,
     )
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the channels, in float32 whatever it is given: see `ops.layer_norm`.
+    """LayerNorm over the channels, in float32, or wider if it is given that: see `ops.layer_norm`.
 
     Attributes:
         dtype: what the normalised map is rounded to, and kept in for the gradient, before it is
-            scaled.
+            scaled; None rounds nothing.
         param_dtype: dtype of the parameters.
     """
 
-    dtype: Dtype = jnp.float32
+    dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -193,7 +197,7 @@ class LayerNorm(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm):
-    """BatchNorm as PyTorch's, in float32 whatever it is given.
+    """BatchNorm as PyTorch's, in float32, or wider if it is given that.
 
     The variance is taken in a second pass, as the fast way cancels when the mean is large; a batch
     is normalised by the biased one, and the running one is unbiased.
@@ -201,14 +205,15 @@ class BatchNorm(nn.BatchNorm):
 
     epsilon: float = EPSILON
     momentum: float = 0.9  # PyTorch's 0.1, counted from the other end
-    dtype: Dtype = jnp.float32
     use_fast_variance: bool = False
 
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalises each channel; the shape stays."""
         before = self.get_variable("batch_stats", "var")
-        y = super().__call__(x.astype(jnp.float32))
+        x = widened(x)
+        with jax.numpy_dtype_promotion("standard"):  # Linen's statistics are float32 beside float64
+            y = super().__call__(x).astype(x.dtype)
         if not self.use_running_average and not self.is_initializing():
             biased = self.get_variable("batch_stats", "var") - self.momentum * before
             count = x.size // x.shape[-1]
@@ -218,11 +223,11 @@ class BatchNorm(nn.BatchNorm):
 
 
 def norm(
-    kind: str, train: bool, param_dtype: Dtype, name: str, dtype: Dtype = jnp.float32
+    kind: str, train: bool, param_dtype: Dtype, name: str, dtype: Dtype | None = None
 ) -> LayerNorm | BatchNorm:
     """The normalisation of a config: ``"ln"``, ``"ln2d"`` (the same, channels-last) or ``"bn"``.
 
-    `dtype` is that of `LayerNorm`; BatchNorm computes in float32.
+    `dtype` is that of `LayerNorm`.
     """
     if kind == "bn":
         return BatchNorm(use_running_average=not train, param_dtype=param_dtype, name=name)
@@ -260,7 +265,7 @@ class PatchEmbed(nn.Module):
             of half that stride with GELU between.
         patch_norm: whether the convolutions are normalised.
         norm_layer: see `norm`.
-        param_dtype: dtype of the parameters; it computes in float32.
+        param_dtype: dtype of the parameters; it computes in float32, or wider if it is given that.
         precision: of its products, see `jax.lax.Precision`.
     """
 
@@ -274,7 +279,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, train: bool = False) -> FeatureMap:
-        """``(B, H, W, 3) -> (B, H / patch, W / patch, C)``, float32."""
+        """``(B, H, W, 3) -> (B, H / patch, W / patch, C)``, widened."""
 
         def normalise(x: FeatureMap, name: str) -> FeatureMap:
             if not self.patch_norm:
@@ -306,7 +311,7 @@ class PatchMerging(nn.Module):
     Attributes:
         features: output channels.
         norm_layer: see `norm`.
-        param_dtype: dtype of the parameters; it computes in float32.
+        param_dtype: dtype of the parameters; it computes in float32, or wider if it is given that.
         precision: of its products, see `jax.lax.Precision`.
     """
 
@@ -327,6 +332,7 @@ class PatchMerging(nn.Module):
         reduction = Dense(
             self.features,
             use_bias=False,
+            dtype=x.dtype,
             param_dtype=self.param_dtype,
             precision=self.precision,
             name="reduction",
@@ -341,7 +347,7 @@ class ConvDownsample(nn.Module):
         features: output channels.
         kernel: 2 (no padding: an odd row or column is dropped) or 3 (padded by one).
         norm_layer: see `norm`.
-        param_dtype: dtype of the parameters; it computes in float32.
+        param_dtype: dtype of the parameters; it computes in float32, or wider if it is given that.
         precision: of its products, see `jax.lax.Precision`.
     """
 
@@ -416,6 +422,6 @@ class GatedMlp(nn.Module):
         dtypes = dtypes_of(self)
         both = Dense(2 * self.hidden_features, name="fc1", **dtypes)(x)
         hidden, gate = jnp.split(both, 2, axis=-1)
-        hidden = hidden.astype(jnp.float32) * activations[self.act_layer](gate)
+        hidden = widened(hidden) * activations[self.act_layer](gate)
         out = Dense(x.shape[-1], name="fc2", **dtypes)(hidden)
         return Dropout(self.dropout)(out, train)

@@ -19,6 +19,7 @@ from vmamba_jax.models.layers import (
     uniform_init,
 )
 from vmamba_jax.ops import selective_scan_2d, ssd_2d
+from vmamba_jax.ops.wide import widened
 from vmamba_jax.typing import Array, Dtype, FeatureMap
 
 ROUTES = 4
@@ -94,7 +95,7 @@ class SS2D(nn.Module):
         gate = None
         if variant.gate:
             x, gate = jnp.split(x, 2, axis=-1)
-            gate = act(gate) if variant.gate_act else gate.astype(jnp.float32)
+            gate = act(gate) if variant.gate_act else widened(gate)
         if d_conv > 1:
             x = depthwise_conv(
                 inner, d_conv, use_bias=conv_bias, name="conv2d", param_dtype=self.param_dtype

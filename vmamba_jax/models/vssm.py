@@ -24,6 +24,7 @@ from vmamba_jax.models.layers import (
 from vmamba_jax.models.ss2d import SS2D
 from vmamba_jax.ops.per_device import batch_axes, split_like
 from vmamba_jax.ops.residuals import POLICIES, keep
+from vmamba_jax.ops.wide import wide, widened
 from vmamba_jax.typing import Array, Dtype, FeatureMap, Float, Num, Precision, ResampledMap
 
 
@@ -109,7 +110,7 @@ class VSSM(nn.Module):
         dtype: dtype in which the blocks multiply matrices and keep what the scan reads. All else
             is float32, as under PyTorch's autocast: the residual stream and what writes it whole
             (patch embedding, downsampling), normalisations, activations, gates, the state of the
-            scan, the classifier.
+            scan, the classifier; with float64 all is that.
         param_dtype: dtype of the parameters.
         scan_blocks: run the blocks of a stage in a loop, so that they compile once. The parameters
             are the same ones and are stacked on the fly, a copy a call; random draws differ. Not
@@ -148,7 +149,8 @@ class VSSM(nn.Module):
             out_indices: return these stages' maps instead; `features` is the way to ask for them.
 
         Returns:
-            float32 logits, or pooled features if the config has no classes.
+            float32 logits (float64, if `dtype` is), or pooled features if the config has no
+            classes.
 
         Raises:
             ValueError: for integer images, a wrong rank, channel count or size, images that are
@@ -173,7 +175,7 @@ class VSSM(nn.Module):
             param_dtype=self.param_dtype,
             precision=self.precision,
             name="patch_embed",
-        )(images.astype(jnp.float32), train)
+        )(images.astype(wide(self.dtype)), train)
         if config.posembed:
             height, width = config.feature_size(*config.input_size, stage=0)
             shape = (1, height, width, x.shape[-1])
@@ -208,11 +210,15 @@ class VSSM(nn.Module):
             return [maps[i] for i in out_indices]
 
         x = norm(config.norm_layer, train, self.param_dtype, "classifier_norm")(x)
-        pooled = x.astype(jnp.float32).mean(axis=(1, 2))
+        pooled = widened(x).mean(axis=(1, 2))
         if config.num_classes == 0:
             return pooled
         head = Dense(
-            config.num_classes, param_dtype=self.param_dtype, precision=self.precision, name="head"
+            config.num_classes,
+            dtype=pooled.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            name="head",
         )
         return head(pooled)
 

@@ -25,6 +25,7 @@ from vmamba_jax.ops._discretise import sigmoid, softplus
 from vmamba_jax.ops._exact import einsum
 from vmamba_jax.ops._parts import chunk_length, largest_divisor
 from vmamba_jax.ops.residuals import keep, together
+from vmamba_jax.ops.wide import wide
 from vmamba_jax.typing import Array, Float, Size
 
 Coefficients = Callable[[tuple[Array, ...]], tuple[Array, Array]]
@@ -47,7 +48,7 @@ class Plan(NamedTuple):
 
 
 class _Weights(NamedTuple):
-    """In float32, channels last: the longest axis is the contiguous one."""
+    """In a wide dtype, channels last: the longest axis is the contiguous one."""
 
     A: Float[Array, "*K N C"]
     D: Float[Array, "*K C"] | None
@@ -87,12 +88,13 @@ def _scan(arrays, weights, delta_softplus, reverse, plan) -> Float[Array, "B L *
 
 
 def _forward(arrays, weights, delta_softplus, reverse, plan):
-    wide_weights = _wide(*weights)
+    dtype = wide(arrays[0].dtype)
+    wide_weights = _channels_last(dtype, *weights)
     group, steps = _block(arrays[0], wide_weights, plan)
 
     def advance(carry: tuple[Array, tuple[()]], now: tuple[Array, ...]):
         entering, total = carry
-        u, delta, B, C = (a.astype(jnp.float32) for a in now)
+        u, delta, B, C = (a.astype(dtype) for a in now)
         step, _ = _step_size(delta, wide_weights, delta_softplus)
         coefficients = partial(_coefficients, wide_weights.A)
         states = plan.recurrence(coefficients, (step, u, B), entering, reverse)
@@ -110,7 +112,8 @@ def _forward(arrays, weights, delta_softplus, reverse, plan):
 
 def _backward(delta_softplus, reverse, plan, residuals, dy):
     arrays, weights, entering = residuals
-    wide_weights = _wide(*weights)
+    dtype = wide(dy.dtype)
+    wide_weights = _channels_last(dtype, *weights)
     A, D, bias, proj = wide_weights
     group, steps = _block(dy, wide_weights, plan)
 
@@ -119,7 +122,7 @@ def _backward(delta_softplus, reverse, plan, residuals, dy):
         after, total = carry
         *inputs, dy, entering = now
         # Each is read several times: XLA for CPU would cut it out anew in every operation.
-        u, delta, B, C, dy = together(tuple(a.astype(jnp.float32) for a in (*inputs, dy)))
+        u, delta, B, C, dy = together(tuple(a.astype(dtype) for a in (*inputs, dy)))
         step, slope = _step_size(delta, wide_weights, delta_softplus)
         coefficients = partial(_coefficients, A)
         states = plan.recurrence(coefficients, (step, u, B), entering[:, 0], reverse)
@@ -171,8 +174,8 @@ def _block(like: Array, weights: _Weights, plan: Plan) -> tuple[Size, int]:
     return group, chunk_length(length, longest)
 
 
-def _wide(*weights: Array | None) -> _Weights:
-    A, D, bias, proj = jax.tree.map(lambda a: a.astype(jnp.float32), weights)
+def _channels_last(dtype: jnp.dtype, *weights: Array | None) -> _Weights:
+    A, D, bias, proj = jax.tree.map(lambda a: a.astype(dtype), weights)
     return _Weights(A.mT, D, bias, None if proj is None else proj.mT)
 
 

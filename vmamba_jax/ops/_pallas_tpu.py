@@ -50,8 +50,8 @@ def selective_scan(
     Under `jax.set_mesh`, each device scans its part of the batch: see `BATCH_AXES`.
 
     Raises:
-        NotImplementedError: for sizes that are symbols, as a kernel is built for one size, and for
-            sizes of which no block fits VMEM.
+        NotImplementedError: for float64, which a TPU has not; for sizes that are symbols, as a
+            kernel is built for one size; and for sizes of which no block fits VMEM.
     """
     routes, channels = u.shape[2:]
     scan = Scan("reverse" if reverse else "ahead", 1, u.shape[1], delta_softplus, interpret)
@@ -92,7 +92,8 @@ def selective_scan_2d(
         interpret: run without a TPU, slowly.
 
     Raises:
-        NotImplementedError: for sizes that are symbols, and for maps that VMEM does not hold whole.
+        NotImplementedError: for float64, sizes that are symbols, and maps that VMEM does not hold
+            whole.
     """
     batch, height, width, channels = x.shape
     scan = Scan(order, height, width, True, interpret)
@@ -127,6 +128,8 @@ def _scan_routes(
     delta_proj: Float[Array, "K C R"],
     scan: Scan,
 ) -> Float[Array, "B L C"]:
+    if u.dtype == jnp.float64:
+        raise NotImplementedError("a TPU has no float64")
     if any(map(is_symbolic_dim, (*u.shape, *z.shape))):
         raise NotImplementedError(f"a kernel is built for one size, and u is {u.shape}")
     if u.shape[0] == 0:

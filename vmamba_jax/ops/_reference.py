@@ -1,4 +1,4 @@
-"""The selective scan as its formula reads, in float32: what the other implementations must equal.
+"""The selective scan as its formula reads: what the other implementations must equal.
 
 Materialises the (B, L, K, C, N) decay and drive, so it is for small inputs.
 """
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vmamba_jax.ops._discretise import lift, step_size
 from vmamba_jax.ops._exact import einsum
+from vmamba_jax.ops.wide import widened
 from vmamba_jax.typing import Array, Float
 
 
@@ -24,10 +25,10 @@ def selective_scan(
     reverse: bool,
 ) -> Float[Array, "B L K C"]:
     """See `vmamba_jax.ops.selective_scan`."""
-    x = u.astype(jnp.float32)
-    step = step_size(lift(delta.astype(jnp.float32), delta_proj), delta_bias, delta_softplus)
-    decay = jnp.exp(einsum("blkc,kcn->blkcn", step, A.astype(jnp.float32)))
-    drive = einsum("blkc,blkn->blkcn", step * x, B.astype(jnp.float32))
+    x = widened(u)
+    step = step_size(lift(delta.astype(x.dtype), delta_proj), delta_bias, delta_softplus)
+    decay = jnp.exp(einsum("blkc,kcn->blkcn", step, A.astype(x.dtype)))
+    drive = einsum("blkc,blkn->blkcn", step * x, B.astype(x.dtype))
 
     def advance(h: Array, at_step: tuple[Array, Array]) -> tuple[Array, Array]:
         h = at_step[0] * h + at_step[1]
@@ -35,7 +36,7 @@ def selective_scan(
 
     time_major = (jnp.moveaxis(decay, 1, 0), jnp.moveaxis(drive, 1, 0))
     _, states = jax.lax.scan(advance, jnp.zeros_like(decay[:, 0]), time_major, reverse=reverse)
-    y = einsum("lbkcn,blkn->blkc", states, C.astype(jnp.float32))
+    y = einsum("lbkcn,blkn->blkc", states, C.astype(x.dtype))
     if D is not None:
-        y = y + D.astype(jnp.float32)[None, None] * x
+        y = y + D.astype(x.dtype)[None, None] * x
     return y.astype(u.dtype)

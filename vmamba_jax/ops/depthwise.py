@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from vmamba_jax.ops import _cpu
-from vmamba_jax.ops._wide import wide
 from vmamba_jax.ops.per_device import per_device
 from vmamba_jax.ops.residuals import keep_scan_input
+from vmamba_jax.ops.wide import wide
 from vmamba_jax.typing import Array, FeatureMap, Float
 
 
@@ -26,11 +26,11 @@ def depthwise_conv(x: FeatureMap, kernel: Float[Array, "S S C"]) -> Float[Array,
         kernel: S x S weights a channel; an odd S keeps the size of the map.
 
     Returns:
-        The convolved map in float32, or wider if `kernel` is.
+        The convolved map in float32, or wider if `x` is.
     """
     by = (len(kernel) - 1) // 2
     padded = keep_scan_input(jnp.pad(x, ((0, 0), (by, by), (by, by), (0, 0))))
-    return keep_scan_input(_correlate(padded, kernel.astype(wide(kernel.dtype))))
+    return keep_scan_input(_correlate(padded, kernel.astype(wide(x.dtype))))
 
 
 def _gather(

@@ -5,8 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from vmamba_jax.ops._wide import wide
 from vmamba_jax.ops.residuals import keep
+from vmamba_jax.ops.wide import wide
 from vmamba_jax.typing import Array, Dtype, Float
 
 EPSILON = 1e-5  # PyTorch's

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from vmamba_jax.ops._wide import wide
 from vmamba_jax.ops.residuals import keep
+from vmamba_jax.ops.wide import wide
 from vmamba_jax.typing import Array, Float, Precision
 
 

@@ -15,6 +15,7 @@ from vmamba_jax.ops.residuals import keep, keep_scan_input, together
 from vmamba_jax.ops.scan_order import Order, from_layouts, routes_of, to_layouts
 from vmamba_jax.ops.selective_scan import DEFAULTS, names_of, platform, selective_scan
 from vmamba_jax.ops.ssd import ssd
+from vmamba_jax.ops.wide import wide, widened
 from vmamba_jax.typing import Array, FeatureMap, Float
 
 Weights: TypeAlias = tuple[Array, Array, Array, Array]
@@ -45,16 +46,16 @@ def selective_scan_2d(
         order: ``"cross2d"``, ``"unidi"``, ``"bidi"``, ``"rot90"``, or ``"cascade2d"``: both ways
             along the rows with the first two routes, then along the columns of their normalised
             sum with the last two.
-        force_fp32: cast the scan's inputs to float32.
+        force_fp32: cast the scan's inputs to float32, unless they are wider.
         implementation: see `selective_scan`.
 
     Returns:
-        The merged map, in float32.
+        The merged map, in float32, or wider if `x` is.
 
     Raises:
         ValueError: for an unknown order or implementation.
     """
-    weights = (-jnp.exp(A_logs.astype(jnp.float32)), D, dt_bias, dt_proj)
+    weights = (-jnp.exp(A_logs.astype(wide(x.dtype))), D, dt_bias, dt_proj)
     names = names_of(implementation)
     if order == "cascade2d":
         return _cascade(x, x_proj, weights, force_fp32, names)
@@ -86,7 +87,7 @@ def _scan_map(
 
     def whole(x: Array, x_proj: Array, *weights: Array) -> Array:
         projected = keep_scan_input(product(x, _pallas_tpu.projection(x_proj).T))
-        u, z = (a.astype(jnp.float32) if force_fp32 else a for a in (x, projected))
+        u, z = (widened(a) if force_fp32 else a for a in (x, projected))
         decay_rate, *others = weights
         try:
             return _pallas_tpu.selective_scan_2d(u, z, decay_rate, *others, order=order)
@@ -117,12 +118,12 @@ def _scan_route(
     dt, b, c = jnp.split(projected, (rank, rank + states), axis=-1)
     u, dt, b, c = (a[:, :, None] for a in (x, dt, b, c))
     if force_fp32:
-        u, dt, b, c = (a.astype(jnp.float32) for a in (u, dt, b, c))
+        u, dt, b, c = map(widened, (u, dt, b, c))
     y = selective_scan(
         u, dt, decay_rate, b, c, D, dt_bias,
         delta_proj=dt_proj, reverse=reverse, implementation=names,
     )  # fmt: skip
-    return y[:, :, 0].astype(jnp.float32)
+    return widened(y[:, :, 0])
 
 
 def _cascade(
@@ -168,9 +169,9 @@ def ssd_2d(
         order: see `cross_scan`.
 
     Returns:
-        The merged map, in float32.
+        The merged map, in float32, or wider if `x` is.
     """
-    decay_rate = -jnp.exp(A_logs.astype(jnp.float32))
+    decay_rate = -jnp.exp(A_logs.astype(wide(x.dtype)))
 
     def scan(route: int, x: Array, projected: Array, reverse: bool) -> Array:
         heads = A_logs.shape[-1]
@@ -180,7 +181,7 @@ def ssd_2d(
         u, dt, b, c = (a[:, :, None] for a in (u, dt, b, c))
         a, skip, bias = (w[route : route + 1] for w in (decay_rate, D, dt_bias))
         y = ssd(u, dt, a, b, c, skip, bias, reverse=reverse)
-        return y.reshape(x.shape).astype(jnp.float32)
+        return widened(y.reshape(x.shape))
 
     x = together(x)
     return keep(_along_routes(x, _project(x, x_proj), order, scan))
@@ -217,6 +218,4 @@ def _project(x: Float[Array, "... C"], x_proj: Float[Array, "K E C"]) -> Float[A
 
 def _standardise(x: FeatureMap) -> FeatureMap:
     """Zero mean and unit variance over the channels (a LayerNorm without weights)."""
-    wide = x.astype(jnp.float32)
-    wide = jax.nn.standardize(wide, axis=-1, epsilon=EPSILON)
-    return wide.astype(x.dtype)
+    return jax.nn.standardize(widened(x), axis=-1, epsilon=EPSILON).astype(x.dtype)

@@ -71,8 +71,8 @@ def selective_scan(
         h[l] = exp(s[l] * A) * h[l - 1] + s[l] * B[l] * u[l]        h in R^N, h[-1] = 0
         y[l] = <C[l], h[l]> + D * u[l]
 
-    The step size, the decay and the state are float32 whatever the inputs are. Differentiable in
-    every array.
+    The step size, the decay and the state are float32 whatever the inputs are, float64 if `u` is.
+    Differentiable in every array.
 
     Args:
         u: input, any float dtype.

@@ -6,6 +6,7 @@ from jax.export import is_symbolic_dim
 
 from vmamba_jax.ops._discretise import step_size
 from vmamba_jax.ops._exact import einsum
+from vmamba_jax.ops.wide import widened
 from vmamba_jax.typing import Array, Float
 
 CHUNK = 64
@@ -43,7 +44,7 @@ def ssd(
         chunk: elements a chunk; trades the quadratic part against the passing of states.
 
     Returns:
-        y, in the dtype of `x`; float32 inside.
+        y, in the dtype of `x`; float32 inside, or wider if `x` is.
     """
     if reverse:
         x, delta, B, C = (jnp.flip(a, axis=1) for a in (x, delta, B, C))
@@ -51,9 +52,10 @@ def ssd(
     states = B.shape[-1]
     chunk = chunk if is_symbolic_dim(length) else min(chunk, length)
     padding = -(-length // chunk) * chunk - length
-    step = step_size(delta, delta_bias, delta_softplus)
-    drive = x.astype(jnp.float32) * step[..., None]
-    log_decay = step * A.astype(jnp.float32)[None, None]
+    u = widened(x)
+    step = step_size(delta.astype(u.dtype), delta_bias, delta_softplus)
+    drive = u * step[..., None]
+    log_decay = step * A.astype(u.dtype)[None, None]
 
     def in_chunks(a: Array) -> Array:  # (B, L, ...) -> (B, L / chunk, chunk, ...)
         # Zeros drive nothing and, as a logarithm, decay nothing.
@@ -61,7 +63,7 @@ def ssd(
         return a.reshape(batch, -1, chunk, *a.shape[2:])
 
     drive, log_decay, b, c = map(
-        in_chunks, (drive, log_decay, B.astype(jnp.float32), C.astype(jnp.float32))
+        in_chunks, (drive, log_decay, B.astype(u.dtype), C.astype(u.dtype))
     )
     total = jnp.cumsum(log_decay, axis=2)  # (B, Z, chunk, K, R), from the chunk's start
 
@@ -82,7 +84,7 @@ def ssd(
         decay, local = now
         return decay[..., None, None] * h + local, h
 
-    start = jnp.zeros((batch, routes, heads, states, width), jnp.float32)
+    start = jnp.zeros((batch, routes, heads, states, width), u.dtype)
     _, entering = jax.lax.scan(
         pass_on, start, (jnp.moveaxis(across, 1, 0), jnp.moveaxis(local, 1, 0))
     )
@@ -90,6 +92,6 @@ def ssd(
 
     y = y.reshape(batch, -1, routes, heads, width)[:, :length]
     if D is not None:
-        y = y + D.astype(jnp.float32)[None, None] * x.astype(jnp.float32)
+        y = y + D.astype(u.dtype)[None, None] * u
     y = y.astype(x.dtype)
     return jnp.flip(y, axis=1) if reverse else y
