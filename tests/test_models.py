@@ -14,7 +14,7 @@ import pytest
 
 from vmamba_jax import VSSM, VMambaConfig, create_model, list_models, model_config, register_model
 from vmamba_jax.config import _HEADS
-from vmamba_jax.models.layers import BatchNorm, GatedMlp
+from vmamba_jax.models.layers import BatchNorm, GatedMlp, linear_init, uniform_init
 
 SMALL = VMambaConfig(
     depths=(1, 1), dims=(16, 32), num_classes=5, ssm_d_state=1, forward_type="v05_noz",
@@ -379,3 +379,12 @@ def test_a_gated_mlp_computes_in_bfloat16():
     x = draw(1, 2, 2, 6)
     y, _ = mlp.init_with_output(jax.random.key(0), x)
     assert y.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(5,), (256,), (3, 3, 1, 40), (96, 192)])
+def test_initial_values_are_those_of_the_shape_itself(shape):
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(linear_init(key, shape), 0.02 * jax.random.normal(key, shape))
+    np.testing.assert_array_equal(
+        uniform_init(0.5)(key, shape), jax.random.uniform(key, shape, minval=-0.5, maxval=0.5)
+    )

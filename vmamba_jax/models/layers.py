@@ -65,17 +65,33 @@ activations: dict[str, Activation] = {
 }
 """By name."""
 
+
+def of_few_sizes(draw: nn.initializers.Initializer) -> nn.initializers.Initializer:
+    """Draws a power of four of values and takes the first of them, the ones that `draw` would give.
+
+    XLA builds the random numbers of each size anew, a third of a second on a CPU: a model has some
+    forty shapes of parameters, and a few such sizes.
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
+        count = math.prod(shape)
+        size = 4 ** max(4, ((count - 1).bit_length() + 1) // 2)
+        return draw(key, (size,), dtype)[:count].reshape(shape)
+
+    return init
+
+
 # timm's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations away.
-linear_init = nn.initializers.normal(0.02)
+linear_init = of_few_sizes(nn.initializers.normal(0.02))
 
 
 def uniform_init(bound: float) -> nn.initializers.Initializer:
     """Uniform between -bound and bound."""
 
-    def init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
+    def draw(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return init
+    return of_few_sizes(draw)
 
 
 def dtypes_of(module: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from vmamba_jax.models.layers import (
     activations,
     depthwise_conv,
     dtypes_of,
+    of_few_sizes,
     uniform_init,
 )
 from vmamba_jax.ops import selective_scan_2d, ssd_2d
@@ -28,6 +29,7 @@ ROUTES = 4
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
+@of_few_sizes
 def dt_bias_init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
     """Biases whose softplus is log-uniform between `DT_MIN` and `DT_MAX`."""
     low, high = math.log(DT_MIN), math.log(DT_MAX)

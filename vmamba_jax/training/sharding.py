@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 PyTree = Any
@@ -73,9 +74,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"a mesh of data={config.data} x fsdp={fsdp} does not use {count} devices exactly: "
             f"choose two numbers whose product is {count} (data=-1 takes what is left)"
         )
-    return jax.make_mesh(
-        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices
-    )
+    # An axis of 16 may take a side of 8 and part of another, which `jax.make_mesh` refuses.
+    placed = create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    return Mesh(placed, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
