@@ -1,6 +1,7 @@
 """A training step compiled by TPU's own compiler for chips that are not here."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from vmamba_jax.registry import register_model
 from vmamba_jax.training.chips import SLICES, TopologyError, describe, memory_of
 from vmamba_jax.training.cli import main
 from vmamba_jax.training.config import DataConfig, ModelConfig
+from vmamba_jax.training.sharding import MeshConfig, make_mesh
 from vmamba_jax.training.topology import CompileConfig, compile_for_topology
 
 register_model("tiny_for_tpu", CONFIG)
@@ -87,6 +89,25 @@ def test_all_slices_of_the_list_are_described(libtpu: None) -> None:
         sides = name.split(":")[1].split("x")
         chips = {tuple(device.coords) for device in describe(name)}
         assert [str(1 + max(of)) for of in zip(*chips, strict=True)][: len(sides)] == sides
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("topology", "fsdp"), [("v6e:8x8", 16), ("v5e:4x4", 8)])
+def test_an_axis_of_a_mesh_may_take_part_of_a_side_of_the_chips(
+    topology: str, fsdp: int, libtpu: None
+) -> None:
+    mesh = make_mesh(MeshConfig(fsdp=fsdp), describe(topology))
+    assert mesh.shape["fsdp"] == fsdp
+    assert mesh.size == math.prod(map(int, topology.split(":")[1].split("x")))
+
+
+def test_libtpu_that_another_process_uses_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(kind: str, shape: str):
+        raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
+
+    monkeypatch.setattr("vmamba_jax.training.chips._describe", taken)
+    with pytest.raises(TopologyError, match="Another process uses libtpu: wait for it"):
+        describe("v5e:4x4")
 
 
 @pytest.mark.tpu

@@ -50,15 +50,19 @@ def describe(topology: str) -> list[Any]:
         return _describe(kind, shape)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         known = [kind for kind in _SHAPES if _is_described(kind)]
-        if not known:
+        if "lockfile" in str(error):
+            what = (
+                "Another process uses libtpu: wait for it, or where no TPU is here let both, with "
+                "ALLOW_MULTIPLE_LIBTPU_LOAD=1 in the environment"
+            )
+        elif not known:
             what = "It needs libtpu: pip install 'vmamba-jax[tpu]'"
         elif kind not in known:
             what = f"The installed libtpu describes {', '.join(known)}"
         else:
             what = f"Take one that exists, such as {', '.join(_SHAPES[kind])}"
-        raise TopologyError(
-            f"can't describe the topology {topology!r}: {str(error).splitlines()[0]}. {what}"
-        ) from error
+        said = str(error).splitlines()[0].rstrip(".")
+        raise TopologyError(f"can't describe the topology {topology!r}: {said}. {what}") from error
 
 
 def memory_of(device: Any) -> int | None:
