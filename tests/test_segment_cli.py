@@ -106,6 +106,8 @@ def test_a_file_of_another_task_is_one_line(run, photos, weights, tmp_path):
         (("a.png", "--top", 0), "--top must be positive"),
         (("a.png", "--save", "c.txt"), "--save c.txt: no picture format has that ending"),
         (("a.png", "--save-labels", "c.jpg"), "label maps are written as .png"),
+        (("a.png", "--save", "."), "a.png is one of the images"),
+        (("a.png", "--save", "c.png", "--save-labels", "./c.png"), "name one file"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
 )
