@@ -310,6 +310,8 @@ def test_images_that_do_not_fit_are_refused():
             jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct(shape, dtype))
     with pytest.raises(ValueError, match="must be positive"):
         Inference(stride=(0, 1))
+    with pytest.raises(ValueError, match="windows of 48 x 32 every 48 x 33 pixels leave gaps"):
+        Inference("slide", crop_size=(48, 32), stride=(48, 33))
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ def segment_images(
         mode: Show the network the whole image, or slide a window over it.
         scale: The longest and shortest side that an image is resized to fit, in pixels.
         crop_size: Height and width of the window, in pixels.
-        stride: Rows and columns from one window to the next.
+        stride: Rows and columns from one window to the next; for a --crop-size by default two
+            thirds of it.
         top: How many classes of each image to show.
         save: Draw the classes over the image with a legend: into this picture, or for several
             images into this folder.
@@ -70,9 +71,12 @@ def segment_images(
     if not paths:
         raise ValueError("no images: give image files, or folders that hold some")
     pictures, label_maps = _targets(paths, save, save_labels)
+    if crop_size is not None and stride is None:
+        stride = max(2 * crop_size[0] // 3, 1), max(2 * crop_size[1] // 3, 1)
     given = {"mode": mode, "scale": scale, "crop_size": crop_size, "stride": stride}
     given = {name: value for name, value in given.items() if value is not None}
-    dataclasses.replace(Inference(), **given)  # a mistake is said before the weights are read
+    # A mistake is said before the weights are read, but for what goes with their own windows.
+    dataclasses.replace(Inference(), **{**given, "mode": "whole"})
     model, variables, names, stored = _segmenter(checkpoint, step)
     inference = dataclasses.replace(stored, **given)
     table = Table("image", "class", "share")
