@@ -144,6 +144,7 @@ def test_convert_swaps_the_head_and_says_so(run, tmp_path):
         (("predict", RELEASED, "--model", "nonesuch", "--pretrained"), "unknown model"),
         (("predict", RELEASED, "--checkpoint", "missing"), "No such file"),
         (("predict", RELEASED, "--checkpoint", RELEASED, "--top", "0"), "must be positive"),
+        (("predict", RELEASED, "--checkpoint", RELEASED, "--save", "x.psd"), "no picture format"),
         (
             ("predict", RELEASED, "--checkpoint", FIXTURES / "mmseg_raw_with_message_hub.pth"),
             "no classification head",

@@ -217,6 +217,7 @@ def test_what_detect_can_t_do_is_said_in_one_line(file, run, tmp_path):
         ((tmp_path / "none", "--checkpoint", tmp_path / "x.pth"), "x.pth"),
         ((picture, picture, "--checkpoint", file, "--save", "a.png"), "give --save a folder"),
         ((picture, "--checkpoint", file, "--save", "a.xyz"), "no picture format has that ending"),
+        ((picture, "--checkpoint", file, "--save", picture), "is one of the images"),
     ):
         code, _, err = run("detect", *arguments)
         assert code == 1

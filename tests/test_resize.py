@@ -39,3 +39,5 @@ def test_the_resized_size_is_the_published_one():
     assert fitted_size(512, 683, (2048, 512)) == (512, 683)
     assert fitted_size(256, 1536, (2048, 512)) == (341, 2048)
     assert fitted_size(683, 511, (2048, 512)) == (684, 512)  # 683 * 512 / 511 + 0.5
+    assert fitted_size(2, 3000, (128, 64)) == (1, 128)
+    assert fitted_size(3000, 2, (128, 64)) == (128, 1)

@@ -104,8 +104,12 @@ def test_a_file_of_another_task_is_one_line(run, photos, weights, tmp_path):
         (("a.png", "b.png", "--save", "c.png"), "2 images don't fit one picture"),
         (("a.png", "--stride", 0, 3), "must be positive"),
         (("a.png", "--top", 0), "--top must be positive"),
+        (("a.png", "--mode", "slide", "--stride", 513, 9), "stride can't exceed the crop size"),
+        (("a.png", "--crop-size", 0, 8), "must be positive"),
         (("a.png", "--save", "c.txt"), "--save c.txt: no picture format has that ending"),
         (("a.png", "--save-labels", "c.jpg"), "label maps are written as .png"),
+        (("a.png", "--save", "."), "a.png is one of the images"),
+        (("a.png", "--save", "c.png", "--save-labels", "./c.png"), "name one file"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
 )

@@ -160,6 +160,10 @@ def test_the_losses_are_mmsegmentations():
     np.testing.assert_allclose(decode, file["decode_loss_ce"], atol=1e-4, rtol=0)
     auxiliary = 0.4 * pixel_cross_entropy(logits.auxiliary, labels)
     np.testing.assert_allclose(auxiliary, file["aux_loss_ce"], atol=1e-4, rtol=0)
+    for head, name in ((logits.decode, "decode"), (logits.auxiliary, "aux")):
+        right = jnp.argmax(resize(head, (64, 96)), axis=-1) == labels
+        accuracy = 100 * right.sum() / (labels != 255).sum()
+        np.testing.assert_allclose(accuracy, file[f"{name}_acc_seg"][0], atol=0.05)
     total = segmentation_loss(logits, labels)
     np.testing.assert_allclose(total, decode + auxiliary, rtol=1e-6)
     np.testing.assert_allclose(
@@ -306,6 +310,8 @@ def test_images_that_do_not_fit_are_refused():
             jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct(shape, dtype))
     with pytest.raises(ValueError, match="must be positive"):
         Inference(stride=(0, 1))
+    with pytest.raises(ValueError, match="windows of 48 x 32 every 48 x 33 pixels leave gaps"):
+        Inference("slide", crop_size=(48, 32), stride=(48, 33))
 
 
 @pytest.mark.parametrize(

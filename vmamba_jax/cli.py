@@ -30,6 +30,7 @@ from vmamba_jax.export.cli import export_checkpoint
 from vmamba_jax.imagenet import imagenet_classes
 from vmamba_jax.local_path import check_arguments
 from vmamba_jax.models import VSSM
+from vmamba_jax.picture_path import check_picture
 from vmamba_jax.predict import Result, as_json, draw, find_images, predict
 from vmamba_jax.preprocessing import Preprocessing, imagenet_preprocessing
 from vmamba_jax.registry import list_models, model_config
@@ -217,6 +218,8 @@ def classify(
     paths = find_images(images)
     if not paths:
         raise ValueError("no images: give image files, or folders that hold some")
+    if save is not None:
+        check_picture("--save", save, paths)
     network, variables, names, steps = _classifier(
         checkpoint, step, model, pretrained, _size(image_size)
     )
@@ -245,6 +248,7 @@ def classify(
     else:
         _print_results(results)
     if save is not None:
+        save.parent.mkdir(parents=True, exist_ok=True)
         draw(results, save, network.config.in_chans)
         _err.print(f"picture: {_escape(save)}")
     return 1 if any(result.error is not None for result in results) else 0

@@ -74,9 +74,12 @@ def resize_nearest(
 
 
 def fitted_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image resized, its shape kept, to fit a box of either orientation."""
+    """Height and width of an image resized, its shape kept, to fit a box of either orientation.
+
+    Of a very long image at least one pixel is left across.
+    """
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    return int(height * factor + 0.5), int(width * factor + 0.5)
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 
 def _centres(old: int, new: int, part: slice) -> np.ndarray:

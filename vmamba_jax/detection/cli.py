@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
@@ -30,6 +29,7 @@ from vmamba_jax.detection.mask_rcnn import MaskRCNN
 from vmamba_jax.detection.picture import draw
 from vmamba_jax.detection.preprocess import LONG_SIDE, SHORT_SIDE
 from vmamba_jax.errors import CheckpointError
+from vmamba_jax.picture_path import check_picture, is_folder, result_paths
 from vmamba_jax.predict import find_images
 
 _Images = Annotated[tuple[Path, ...], Positional, arg(metavar="IMAGE...")]
@@ -71,11 +71,11 @@ def detect_objects(
     paths = find_images(images)
     if not paths:
         raise ValueError("no images: give image files, or folders that hold some")
-    if save is not None and save.suffix and len(paths) > 1:
-        raise ValueError(f"{len(paths)} images don't fit one picture: give --save a folder")
-    # What can't be written is said before the work and not after it.
-    if save is not None and save.suffix.lower() not in {"", *Image.registered_extensions()}:
-        raise ValueError(f"--save {save}: no picture format has that ending; .png is one")
+    pictures: list[Path] = []
+    if save is not None:  # what can't be written is said before the work and not after it
+        pictures = result_paths("--save", save, paths)
+        if not is_folder(save):
+            check_picture("--save", save, paths)
     read, model, names, _ = _detector(checkpoint, InferenceConfig())
     find = partial(detect, long_side=long_side, short_side=short_side, size_divisor=size_divisor)
     results: list[Found] = []
@@ -86,8 +86,10 @@ def detect_objects(
             found = found._replace(instances=likely)  # noqa: PLW2901
             results.append(found)
             progress.advance(task)
-            if save is not None and found.error is None:
-                draw(found, names, _target(save, found.path, len(results)))
+            if pictures and found.error is None:
+                target = pictures[len(results) - 1]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                draw(found, names, target)
             if found.error is not None:
                 _err.print(
                     f"[red]unreadable:[/red] {escape(f'{found.path}: {found.error}')}",
@@ -200,11 +202,3 @@ def _print_objects(results: Sequence[Found], names: Sequence[str]) -> None:
         table.add_section()
     if table.row_count:
         _out.print(table)
-
-
-def _target(given: Path, image: Path, number: int) -> Path:
-    """The file that one image is drawn to: `given`, or one in the folder `given`."""
-    folder = given.parent if given.suffix else given
-    folder.mkdir(parents=True, exist_ok=True)
-    # Images of several folders may bear one name.
-    return given if given.suffix else folder / f"{number:04}-{image.stem}.png"

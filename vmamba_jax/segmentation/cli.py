@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress
@@ -18,6 +17,7 @@ from vmamba_jax.convert.source import read_weights
 from vmamba_jax.convert.tasks import task_of
 from vmamba_jax.data.decode import decode_rgb
 from vmamba_jax.data.errors import DamagedRecordError
+from vmamba_jax.picture_path import check_picture, is_folder, result_paths
 from vmamba_jax.predict import find_images
 from vmamba_jax.segmentation.config import Inference, UPerNetConfig
 from vmamba_jax.segmentation.inference import segment
@@ -58,7 +58,8 @@ def segment_images(
         mode: Show the network the whole image, or slide a window over it.
         scale: The longest and shortest side that an image is resized to fit, in pixels.
         crop_size: Height and width of the window, in pixels.
-        stride: Rows and columns from one window to the next.
+        stride: Rows and columns from one window to the next; for a --crop-size by default two
+            thirds of it.
         top: How many classes of each image to show.
         save: Draw the classes over the image with a legend: into this picture, or for several
             images into this folder.
@@ -69,17 +70,13 @@ def segment_images(
     paths = find_images(images)
     if not paths:
         raise ValueError("no images: give image files, or folders that hold some")
-    for option, target in (("--save", save), ("--save-labels", save_labels)):
-        if target is not None and target.suffix and len(paths) > 1:
-            raise ValueError(f"{len(paths)} images don't fit one picture: give {option} a folder")
-    # What can't be written is said before the work and not after it.
-    if save is not None and save.suffix.lower() not in {"", *Image.registered_extensions()}:
-        raise ValueError(f"--save {save}: no picture format has that ending; .png is one")
-    if save_labels is not None and save_labels.suffix.lower() not in ("", ".png"):
-        raise ValueError(f"--save-labels {save_labels}: label maps are written as .png files")
+    pictures, label_maps = _targets(paths, save, save_labels)
+    if crop_size is not None and stride is None:
+        stride = max(2 * crop_size[0] // 3, 1), max(2 * crop_size[1] // 3, 1)
     given = {"mode": mode, "scale": scale, "crop_size": crop_size, "stride": stride}
     given = {name: value for name, value in given.items() if value is not None}
-    dataclasses.replace(Inference(), **given)  # a mistake is said before the weights are read
+    # A mistake is said before the weights are read, but for what goes with their own windows.
+    dataclasses.replace(Inference(), **{**given, "mode": "whole"})
     model, variables, names, stored = _segmenter(checkpoint, step)
     inference = dataclasses.replace(stored, **given)
     table = Table("image", "class", "share")
@@ -89,7 +86,7 @@ def segment_images(
     with Progress(*columns, console=_err, transient=True) as progress:
         every = progress.add_task("images", total=len(paths), visible=len(paths) > 1)
         windows = progress.add_task("windows", total=None)
-        for path in paths:
+        for number, path in enumerate(paths):
             progress.update(windows, completed=0, total=None)
             try:
                 image = decode_rgb(path, str(path))
@@ -108,10 +105,12 @@ def segment_images(
                 name = escape(str(path)) if i == 0 else ""
                 table.add_row(name, escape(names[label]), f"{share:.1%}")
             table.add_section()
-            if save is not None:
-                overlay(image, labels, names, _target(save, path, "png"))
-            if save_labels is not None:
-                write_labels(labels, _target(save_labels, path, "labels.png"))
+            for target in (*pictures[number : number + 1], *label_maps[number : number + 1]):
+                target.parent.mkdir(parents=True, exist_ok=True)
+            if pictures:
+                overlay(image, labels, names, pictures[number])
+            if label_maps:
+                write_labels(labels, label_maps[number])
             progress.advance(every)
     if table.row_count:
         _out.print(table)
@@ -142,10 +141,22 @@ def _segmenter(
     return UPerNet(config), jax.tree.map(jnp.asarray, read.variables()), names, stored
 
 
-def _target(given: Path, image: Path, ending: str) -> Path:
-    """The file that one image's result goes to: `given`, or one in the folder `given`."""
-    if given.suffix:
-        given.parent.mkdir(parents=True, exist_ok=True)
-        return given
-    given.mkdir(parents=True, exist_ok=True)
-    return given / f"{image.stem}.{ending}"
+def _targets(
+    images: list[Path], save: Path | None, save_labels: Path | None
+) -> tuple[list[Path], list[Path]]:
+    """The files that each image's picture and label map go to; none where none are asked for.
+
+    What can't be written is said now, before the work.
+    """
+    pictures, label_maps = [], []
+    if save is not None:
+        pictures = result_paths("--save", save, images)
+        if not is_folder(save):
+            check_picture("--save", save, images)
+    if save_labels is not None:
+        if not is_folder(save_labels) and save_labels.suffix.lower() != ".png":
+            raise ValueError(f"--save-labels {save_labels}: label maps are written as .png files")
+        label_maps = result_paths("--save-labels", save_labels, images, ".labels.png")
+    if {path.resolve() for path in pictures} & {path.resolve() for path in label_maps}:
+        raise ValueError("--save and --save-labels name one file; choose another for one of them")
+    return pictures, label_maps

@@ -85,7 +85,7 @@ class Inference:
         stride: rows and columns from one window to the next.
 
     Raises:
-        ValueError: for a size or stride that is not positive.
+        ValueError: for a size or stride that is not positive, or windows that leave gaps.
     """
 
     mode: Literal["whole", "slide"] = "whole"
@@ -96,3 +96,13 @@ class Inference:
     def __post_init__(self) -> None:
         if min(*self.scale, *self.crop_size, *self.stride) < 1:
             raise ValueError("scale, crop size and stride must be positive")
+        gaps = any(step > side for step, side in zip(self.stride, self.crop_size, strict=True))
+        if self.mode == "slide" and gaps:
+            raise ValueError(
+                f"windows of {_by(self.crop_size)} every {_by(self.stride)} pixels leave gaps: the "
+                "stride can't exceed the crop size"
+            )
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -192,8 +192,8 @@ SEGMENTATION_PRESETS: dict[str, SegmentationConfig] = {
     "segment-base": _published("-base", "vmamba_base_s2l15", 0.6),
     "segment-photos": SegmentationConfig(
         run=Path("runs/segment-photos"),
-        updates=300,
-        eval_every=50,
+        updates=220,
+        eval_every=55,
         log_every=5,
         model=SegmenterConfig(
             "vmamba_photos", channels=32, auxiliary_channels=16, drop_path_rate=0.0
@@ -208,7 +208,11 @@ SEGMENTATION_PRESETS: dict[str, SegmentationConfig] = {
             eval_batch_size=10,
         ),
         optimizer=SegmentationOptimizer(
-            learning_rate=5e-3, warmup_updates=20, weight_decay=0.05, clip_norm=5.0
+            learning_rate=5e-3,
+            warmup_updates=20,
+            weight_decay=0.05,
+            clip_norm=5.0,
+            ema_decay=0.95,
         ),
     ),
 }
