@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 def main() -> None:
     """Compiles each and reports."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mesh", action="store_true", help="one step on meshes of two sizes")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # libtpu serves one process at a time
