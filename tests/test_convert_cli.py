@@ -43,7 +43,7 @@ def test_convert_writes_a_model_and_reports_what_it_did(run, tmp_path):
     assert code == 0
     assert "weights: model_ema" in out
     assert "70" in out
-    assert "the other set of weights; --weights chooses" in out
+    assert "another set of weights; --weights or --entry chooses" in out
     assert "yacs.config.CfgNode, not run" in out
     saved, read = load_model(tmp_path / "model"), read_weights(TRAINING)
     jax.tree.map(np.testing.assert_array_equal, saved.variables, read.variables())

@@ -295,12 +295,12 @@ def _read_file(
     if sum(array.nbytes for array in held) > sum(file.stat().st_size for file in files):
         raise CheckpointError("damaged: its tensors are views of one another, larger than the file")
     state_dict, changes = standard_names(found.tensors)
-    changes = [change._replace(source=found.prefix + change.source) for change in changes]
+    changes = [change._replace(source=found.sources[change.source]) for change in changes]
     if found.heads:
         state_dict, changes = without_classifier(state_dict, changes)
         state_dict = {f"{BACKBONE}{key}": array for key, array in state_dict.items()} | found.heads
         changes = [c._replace(target=c.target and f"{BACKBONE}{c.target}") for c in changes]
-        changes += [Change(key, key, "mapped") for key in found.heads]
+        changes += [Change(found.sources[key], key, "mapped") for key in found.heads]
     changes += [Change(name, "", "left out", why) for name, why in found.left_out.items()]
     stated = {**found.config_fields, **config_fields}
     config = infer_config(state_dict)
