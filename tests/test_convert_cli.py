@@ -256,7 +256,7 @@ def test_the_packaged_class_names_are_those_of_imagenet():
 def in_a_process(script: str, *arguments: object) -> str:
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
         capture_output=True,
         text=True,
         check=True,
@@ -289,18 +289,16 @@ def test_a_full_size_model_converts_exactly_within_half_again_its_size_of_memory
     path = tmp_path / "base.pth"
     torch_writer.save(path, {"model": recipe.state_dict(meta["shapes"], meta["seed"])})
     script = """
-import resource, sys
+import sys
+from peak_memory import peak_memory
 from vmamba_jax import cli
-def peak():
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-before = peak()
+before = peak_memory()
 sys.argv[1:] = ["convert", *sys.argv[1:]]
 try:
     cli.main()
 except SystemExit as ended:
     assert ended.code == 0
-print(peak() - before)
+print(peak_memory() - before)
 """
     extra = int(in_a_process(script, path, tmp_path / "model").splitlines()[-1])
     assert extra < 1.5 * path.stat().st_size
