@@ -15,7 +15,7 @@ import torch_writer
 from PIL import Image
 
 from vmamba_jax import VSSM, VMambaConfig, list_models
-from vmamba_jax.convert import load_model, load_torch_file, read_weights
+from vmamba_jax.convert import load_model, load_torch_file, read_weights, save_model
 from vmamba_jax.data.augment import EvalTransform
 from vmamba_jax.imagenet import imagenet_classes
 
@@ -102,6 +102,25 @@ def test_convert_back_gives_pytorch_its_own_bits(run, tmp_path):
     for key, array in given.items():
         np.testing.assert_array_equal(array, expected[key], strict=True)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (("--entry", "model"), "inside a file"),
+        (("--prefix", "model."), "inside a file"),
+        (("--step", "best"), "among the checkpoints of a run"),
+        (("--weights", "model"), "one model, and not of plain weights"),
+    ],
+)
+def test_a_choice_that_a_saved_model_does_not_leave_is_refused(run, tmp_path, options, fault):
+    read = read_weights(RELEASED)
+    about = {**read.provenance, "averaged": True}
+    save_model(tmp_path / "model", read.variables(), read.config, about)
+    code, _, err = run("convert", tmp_path / "model", tmp_path / "b.safetensors", *options)
+    assert code == 1
+    assert fault in err
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 @pytest.mark.parity

@@ -235,6 +235,10 @@ def _read(
     if path.suffix == ".distcp" or (path / ".metadata").exists():
         raise CheckpointError(SHARDS)
     if path.is_dir() and (is_run(path) or not is_port(path)):
+        if entry is not None or prefix is not None:
+            raise CheckpointError(
+                "an entry or a prefix is chosen inside a file, and this is a folder of vmamba_jax"
+            )
         return _read_saved_model(path, step, weights)
     if step is not None:
         raise CheckpointError("a step is chosen among the checkpoints of a run of vmamba_jax")
