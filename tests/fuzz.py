@@ -8,7 +8,6 @@ seconds, and by how much memory grew over all, in bytes.
 
 import json
 import random
-import resource
 import shutil
 import sys
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch_writer
+from peak_memory import peak_memory
 
 from vmamba_jax.convert import CheckpointError, read_weights
 
@@ -129,15 +129,10 @@ def writers(container: str, folder: Path) -> list[Callable[[random.Random], Path
     raise ValueError(container)
 
 
-def memory() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def main(container: str, cases: int, folder: Path) -> None:
     read_weights(PORT)  # the first read imports and compiles what all need
     draw, write = random.Random(container), writers(container, folder)
-    before, modules = memory(), set(sys.modules)
+    before, modules = peak_memory(), set(sys.modules)
     outcomes, slowest, messages = {True: 0, False: 0}, 0.0, set()
     for case in range(cases):
         path = write[case % len(write)](draw)
@@ -152,7 +147,7 @@ def main(container: str, cases: int, folder: Path) -> None:
     assert not {"torch", "yacs", "mmengine"} & (set(sys.modules) - modules)
     assert all(len(message) < 1200 and "\n" not in message for message in messages)
     report = {"read": outcomes[True], "refused": outcomes[False], "slowest": slowest}
-    print(json.dumps(report | {"memory": memory() - before}))
+    print(json.dumps(report | {"memory": peak_memory() - before}))
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ def test_an_index_or_a_config_that_is_damaged_is_named(shards):
     with pytest.raises(CheckpointError, match="neither"):
         read_weights(shards)
     shutil.copy(FOLDER / "model.safetensors", shards)
-    (shards / "config.json").write_bytes(b" " * (9 << 20))
-    with pytest.raises(CheckpointError, match=r"config\.json: larger than 8 MiB"):
+    (shards / "config.json").write_bytes(b" " * (5 << 20))
+    with pytest.raises(CheckpointError, match=r"config\.json: larger than 4 MiB"):
         read_weights(shards)
 
 
@@ -135,6 +135,17 @@ def test_what_the_config_states_is_never_replaced_silently(tmp_path, stated, fau
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=fault):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stated", "size"),
+    [(160, (160, 160)), ([160, 256], (160, 256)), ([160], (224, 224)), ([-1, 256], (224, 224))],
+)
+def test_the_size_of_the_images_may_be_a_height_and_a_width(tmp_path, stated, size):
+    shutil.copy(FOLDER / "model.safetensors", tmp_path)
+    config = json.loads((FOLDER / "config.json").read_text()) | {"image_size": stated}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_weights(tmp_path).config.input_size == size
 
 
 def test_a_written_folder_has_the_port_s_names_and_comes_back_bit_for_bit(tmp_path):

@@ -12,7 +12,8 @@ import recipe
 import torch_writer
 
 from vmamba_jax import VSSM
-from vmamba_jax.convert import CheckpointError, Opaque, read_weights
+from vmamba_jax.convert import CheckpointError, Opaque, load_torch_file, read_weights
+from vmamba_jax.convert.hugging_face import load_port
 from vmamba_jax.convert.layout import find_weights
 
 DATA = Path(__file__).parent / "data"
@@ -180,6 +181,31 @@ def test_a_vmamba_is_found_under_any_prefix_in_any_entry(prefix, entry):
     assert value_of(found) == 5
     assert (found.entry, found.prefix) == (entry, prefix)
     assert "loss.weight" in found.left_out
+
+
+def test_what_lies_beside_an_entry_is_left_out_at_every_depth():
+    state = {"net": vmamba("module."), "teacher": vmamba(value=1), "step": 3}
+    found = find_weights({"state": state, "epoch": 3, "more": vmamba()}, entry="state/net")
+    another = "another set of weights; --weights or --entry chooses"
+    assert found.left_out == {
+        "epoch": "training state",
+        "more": another,
+        "state/teacher": another,
+        "state/step": "training state",
+    }
+    assert found.sources[NAMES[0]] == f"module.{NAMES[0]}"
+    found = find_weights({**vmamba(), "inner": {"net": vmamba(value=1)}}, entry="inner/net")
+    assert set(found.left_out) == set(NAMES)
+
+
+def test_the_report_has_the_names_of_the_file():
+    port, wrapped = (
+        MORE / "huggingface_folder",
+        MORE / "fsdp_and_activation_checkpoint_wrappers.pth",
+    )
+    held = {port: load_port(port).tensors, wrapped: load_torch_file(wrapped)["state_dict"]}
+    for path, tensors in held.items():
+        assert {change.source for change in read_weights(path).changes} == tensors.keys()
 
 
 def test_wrappers_are_dropped_inside_a_name():

@@ -126,17 +126,34 @@ def test_a_run_predicts_its_own_classes_and_converts_to_pytorch(
 
 @pytest.mark.parity
 def test_a_run_becomes_a_file_that_pytorch_loads(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+    from torch_backbone import VMamba  # noqa: PLC0415 (needs torch)
 
+    command(monkeypatch, *("predict", photos / "val", "--json", "--top", 3, "--checkpoint", run))
+    results = json.loads(capsys.readouterr().out)
     target = tmp_path / "back.pth"
     command(monkeypatch, "convert", run, target)
+    model = VMamba(peer_shapes())
     tensors = torch.load(target, weights_only=True)["model"]
-    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == peer_shapes()
+    model.load_state_dict(tensors, strict=True)
     for key, array in read_weights(run).state_dict.items():
         np.testing.assert_array_equal(tensors[key].numpy(), array)
-    images = jnp.asarray(np.random.default_rng(1).standard_normal((2, 32, 32, 3), np.float32))
-    theirs = logits(target, images, infer_config(read_weights(target).state_dict))
-    ours = logits(run, images, load_model(run).config)
-    np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-5)
+
+    saved = load_model(run)
+    assert isinstance(saved.preprocessing, Preprocessing)
+    transform = EvalTransform.of(saved.preprocessing)
+    images = np.stack([transform(Image.open(result["image"])) for result in results])
+    with torch.no_grad():
+        pictures = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).split(1)
+        theirs = torch.cat([model(picture) for picture in pictures])
+    ours = logits(run, jnp.asarray(images), saved.config)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=2e-5)
+    for result, row in zip(results, torch.softmax(theirs, -1).numpy(), strict=True):
+        given = {p["name"]: p["probability"] for p in result["predictions"]}
+        np.testing.assert_allclose([given[name] for name in CLASSES], row, rtol=0, atol=2e-5)

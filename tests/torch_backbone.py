@@ -1,4 +1,4 @@
-"""The backbone of a VMamba in plain PyTorch, straight from the names of mmdetection's files.
+"""A VMamba and its backbone in plain PyTorch, straight from the names of their files.
 
 Of the later releases only (``forward_type="v05_noz"``), and one picture at a time.
 """
@@ -63,26 +63,61 @@ def ss2d(state, key, x):
     return linear(state, f"{key}.out_proj", y)
 
 
-def backbone(state, image):
-    """The normalised maps (1, C, H, W) of the four stages."""
+def stages(state, image, start=""):
+    """The maps (H, W, C) of an image (1, 3, H, W) after each stage; names begin with `start`."""
 
     def to_map(x):  # (1, C, H, W) -> (H, W, C)
         return x[0].permute(1, 2, 0).contiguous()
 
-    x = convolve(state, "backbone.patch_embed.0", image, 2)
-    x = gelu(channel_norm(state, "backbone.patch_embed.2", to_map(x))).permute(2, 0, 1)[None]
-    x = convolve(state, "backbone.patch_embed.5", x, 2)
-    x, maps = channel_norm(state, "backbone.patch_embed.7", to_map(x)), []
-    for stage in range(4):
-        layer, block = f"backbone.layers.{stage}", 0
+    x, stem = image, f"{start}patch_embed"
+    x = convolve(state, f"{stem}.0", x, 2)
+    x = gelu(channel_norm(state, f"{stem}.2", to_map(x))).permute(2, 0, 1)[None]
+    x = convolve(state, f"{stem}.5", x, 2)
+    x, stage = channel_norm(state, f"{stem}.7", to_map(x)), 0
+    while f"{start}layers.{stage}.blocks.0.norm.weight" in state:
+        layer, block = f"{start}layers.{stage}", 0
         while f"{layer}.blocks.{block}.norm.weight" in state:
             key = f"{layer}.blocks.{block}"
             x = x + ss2d(state, f"{key}.op", channel_norm(state, f"{key}.norm", x))
             hidden = linear(state, f"{key}.mlp.fc1", channel_norm(state, f"{key}.norm2", x))
             x = x + linear(state, f"{key}.mlp.fc2", gelu(hidden))
             block += 1
-        maps.append(channel_norm(state, f"backbone.outnorm{stage}", x).permute(2, 0, 1)[None])
-        if stage < 3:
+        yield x
+        if f"{layer}.downsample.1.weight" in state:
             y = convolve(state, f"{layer}.downsample.1", x.permute(2, 0, 1)[None], 2)
             x = channel_norm(state, f"{layer}.downsample.3", to_map(y))
-    return maps
+        stage += 1
+
+
+def backbone(state, image):
+    """The normalised maps (1, C, H, W) of the four stages."""
+    return [
+        channel_norm(state, f"backbone.outnorm{i}", x).permute(2, 0, 1)[None]
+        for i, x in enumerate(stages(state, image, "backbone."))
+    ]
+
+
+class VMamba(torch.nn.Module):
+    """A classifier with the modules and names of the released files.
+
+    Args:
+        shapes: of its parameters, by name.
+    """
+
+    def __init__(self, shapes):
+        super().__init__()
+        for name, shape in shapes.items():
+            *modules, leaf = name.split(".")
+            module = self
+            for part in modules:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, torch.nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(leaf, torch.nn.Parameter(torch.empty(shape)))
+
+    def forward(self, image):
+        """Logits (1, classes) of an image (1, 3, H, W)."""
+        state = dict(self.named_parameters())
+        *_, last = stages(state, image)
+        pooled = channel_norm(state, "classifier.norm", last).mean(dim=(0, 1))
+        return linear(state, "classifier.head", pooled)[None]

@@ -120,7 +120,7 @@ def load_model(
         step: which checkpoint of a run: ``"best"``, ``"latest"`` or its number; by default the
             best, or the latest where none was evaluated.
         weights: of a run: ``"ema"`` the moving average, ``"model"`` the weights as trained,
-            ``"auto"`` the average if there is one.
+            ``"auto"`` the average if there is one. What one model is known not to be is refused.
 
     Raises:
         CheckpointError: not such a folder, incomplete, or damaged.
@@ -145,6 +145,9 @@ def load_model(
         if _SETTINGS in held:
             chosen = {"layout": "training run", "weights": describe_step(path)}
             provenance = {**provenance, **chosen, "averaged": averaged}
+        elif weights != "auto" and provenance.get("averaged") is (weights == "model"):
+            kind = {"ema": "averaged (EMA)", "model": "plain"}[weights]
+            raise CheckpointError(f"{path}: one model, and not of {kind} weights")
         variables = _read(path, "ema" if averaged else "variables")
         return saved._replace(variables=variables, provenance=provenance)
     except CheckpointError:

@@ -18,7 +18,7 @@ from vmamba_jax.errors import CheckpointError
 from vmamba_jax.local_path import local_path
 
 _CONFIG, _FILE, _INDEX = "config.json", "model.safetensors", ".index.json"
-_MAX_JSON_BYTES = 1 << 23
+_MAX_JSON_BYTES = 1 << 22  # it takes up to 30 times that in memory
 _EPSILON = 1e-5  # of every LayerNorm of this package
 
 
@@ -67,15 +67,15 @@ def load_port(path: Path) -> Port:
         return Port(files, tensors, {}, None)  # its names tell whether there is a VMamba in it
     if stated.get("layer_norm_eps", _EPSILON) != _EPSILON:
         raise CheckpointError(f"{_CONFIG}: layer_norm_eps must be {_EPSILON}")
-    fields = {
+    fields: dict[str, Any] = {
         "ssm_act_layer": stated.get("hidden_act"),
         "mlp_act_layer": stated.get("mlp_act"),
-        "imgsize": stated.get("image_size"),
     }
-    size = fields["imgsize"]
-    if type(size) is not int or not 0 < size <= 1 << 14:
-        del fields["imgsize"]
-    fields = {key: value for key, value in fields.items() if isinstance(value, str | int)}
+    fields = {key: value for key, value in fields.items() if isinstance(value, str)}
+    size = stated.get("image_size")  # one number, or a height and a width
+    sides = size if isinstance(size, list) else [size, size]
+    if len(sides) == 2 and all(type(side) is int and 0 < side <= 1 << 14 for side in sides):
+        fields["imgsize"] = tuple(size) if isinstance(size, list) else size
     return Port(files, tensors, fields, _class_names(stated.get("id2label")))
 
 

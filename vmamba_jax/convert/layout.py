@@ -41,7 +41,9 @@ class FoundWeights:
         tensors: a VMamba's arrays under the names they have there, less prefix and wrappers.
         heads: the other arrays of the network whose backbone it is, under names less what comes
             before ``backbone.``; empty for a bare VMamba.
-        left_out: what else the checkpoint holds -> why it is left out.
+        sources: the names of `tensors` and `heads` -> the names in the file.
+        left_out: what else the checkpoint holds, entries in entries after ``/`` -> why it is left
+            out.
         class_names: names of the classes, where mmengine's record of the data set has them.
         config_fields: fields of `VMambaConfig` that leave no trace in the weights and that the
             training configuration inside the checkpoint states.
@@ -53,6 +55,7 @@ class FoundWeights:
     averaged: bool
     tensors: dict[str, np.ndarray]
     heads: dict[str, np.ndarray]
+    sources: dict[str, str]
     left_out: dict[str, str]
     class_names: list[str] | None
     config_fields: dict[str, Any]
@@ -96,15 +99,12 @@ def find_weights(
     chosen = _choose(located, averaged, weights, entry, prefix)
     left_out = dict.fromkeys(chosen.beside, f"no part of a VMamba under {chosen.prefix!r}")
     parts = recognise(chosen.heads).parts
-    heads = {}
+    heads, sources = {}, dict(chosen.sources)
     for inner, (name, value) in chosen.heads.items():
         if inner.partition(".")[0] in parts:
-            heads[inner] = value
+            heads[inner], sources[inner] = value, name
             del left_out[name]
-    others = {one.path[0] for one in located if one.path and one.path != chosen.path}
-    for key, value in checkpoint.items():
-        if chosen.path and key != chosen.path[0]:
-            left_out[str(key)] = _why_left_out(value, key in others)
+    left_out |= _other_entries(checkpoint, chosen, located)
     return FoundWeights(
         layout=_layout(checkpoint, chosen, bool(left_out)),
         entry=chosen.entry,
@@ -112,6 +112,7 @@ def find_weights(
         averaged=bool(averaged[id(chosen)]),
         tensors=_only_arrays(chosen.tensors),
         heads=_only_arrays(heads),
+        sources=sources,
         left_out=left_out,
         class_names=_class_names(checkpoint),
         config_fields=_config_fields(checkpoint),
@@ -204,11 +205,28 @@ def _layout(checkpoint: Mapping[Any, Any], chosen: Located, has_more: bool) -> s
     return "training" if has_more or chosen.path != ("model",) else "released"
 
 
+def _other_entries(
+    checkpoint: Mapping[Any, Any], chosen: Located, located: list[Located]
+) -> dict[str, str]:
+    """What lies beside the entry of the weights, and beside each that it is in."""
+    left_out, entry = {}, checkpoint
+    for depth, inside in enumerate(chosen.path):
+        above = chosen.path[:depth]
+        start = "".join(f"{str(key)[:40]}/" for key in above)
+        inside_it = (one.path for one in located if one.path[:depth] == above)
+        vmambas = {path[depth] for path in inside_it if len(path) > depth}
+        for key, value in entry.items():
+            if key != inside:
+                left_out[f"{start}{str(key)[:512]}"] = _why_left_out(value, key in vmambas)
+        entry = entry[inside]
+    return left_out
+
+
 def _why_left_out(value: object, is_a_vmamba: bool) -> str:
     if isinstance(value, Opaque):
         return f"an object of {value.name}, not run"
     if is_a_vmamba:
-        return "the other set of weights; --weights chooses"
+        return "another set of weights; --weights or --entry chooses"
     return "training state"
 
 

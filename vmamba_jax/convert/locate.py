@@ -37,12 +37,14 @@ class Located(NamedTuple):
         path: keys of the entry it is in; empty for the checkpoint itself.
         prefix: what its names begin with, as in the file, such as ``"module.backbone."``.
         tensors: its tensors under their names less prefix and wrappers.
+        sources: those names -> the names in the file.
         beside: what else is in that entry, by its name.
     """
 
     path: tuple[Any, ...]
     prefix: str
     tensors: dict[str, Any]
+    sources: dict[str, str]
     beside: dict[str, Any]
 
     @property
@@ -120,6 +122,7 @@ def _take(path: tuple[Any, ...], entry: Mapping[Any, Any], prefix: str, stem: st
     # The Hugging Face port keeps its head beside the encoder, under the name of neither.
     head = f"{prefix.removesuffix('vmamba.')}classifier." if stem == "embeddings" else prefix
     tensors: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     beside: dict[str, Any] = {}
     for name, value in entry.items():
         inner = None
@@ -136,8 +139,8 @@ def _take(path: tuple[Any, ...], entry: Mapping[Any, Any], prefix: str, stem: st
         elif inner in tensors:
             raise CheckpointError(f"two of its tensors stand for {inner}; one is {name}")
         else:
-            tensors[inner] = value
-    return Located(path, prefix, tensors, beside)
+            tensors[inner], sources[inner] = value, name
+    return Located(path, prefix, tensors, sources, beside)
 
 
 def _is_name(key: object) -> bool:

@@ -17,7 +17,8 @@ import numpy as np
 from vmamba_jax.convert.opaque import Opaque
 from vmamba_jax.errors import CheckpointError
 
-_MAX_HEADER_BYTES = 1 << 23  # a hundred bytes a tensor; JSON takes up to 20 times that in memory
+_MAX_HEADER_BYTES = 1 << 22  # a hundred bytes a tensor; JSON takes up to 30 times that in memory
+_MAX_DIMENSIONS = 32  # the product of many large ones costs their number squared
 _DAMAGED = "not a safetensors file, cut short or damaged"
 
 _DTYPES = {
@@ -91,7 +92,8 @@ def _read(file: Any, name: str, about: dict[str, Any], size: int) -> np.ndarray 
     if dtype is None:
         file.seek(size, os.SEEK_CUR)
         return Opaque(str(kind)[:80], fault=f"a tensor of type {str(kind)[:80]}: not supported")
-    if not all(type(n) is int and 0 <= n < 1 << 63 for n in shape) or size < 0:
+    whole = all(type(n) is int and 0 <= n < 1 << 63 for n in shape)
+    if not whole or len(shape) > _MAX_DIMENSIONS or size < 0:
         raise CheckpointError(f"{_DAMAGED}: {name[:80]!r} has a malformed shape")
     if math.prod(shape) * dtype.itemsize != size:
         raise CheckpointError(f"{_DAMAGED}: {name[:80]!r} does not fill the bytes it names")

@@ -235,6 +235,10 @@ def _read(
     if path.suffix == ".distcp" or (path / ".metadata").exists():
         raise CheckpointError(SHARDS)
     if path.is_dir() and (is_run(path) or not is_port(path)):
+        if entry is not None or prefix is not None:
+            raise CheckpointError(
+                "an entry or a prefix is chosen inside a file, and this is a folder of vmamba_jax"
+            )
         return _read_saved_model(path, step, weights)
     if step is not None:
         raise CheckpointError("a step is chosen among the checkpoints of a run of vmamba_jax")
@@ -295,12 +299,12 @@ def _read_file(
     if sum(array.nbytes for array in held) > sum(file.stat().st_size for file in files):
         raise CheckpointError("damaged: its tensors are views of one another, larger than the file")
     state_dict, changes = standard_names(found.tensors)
-    changes = [change._replace(source=found.prefix + change.source) for change in changes]
+    changes = [change._replace(source=found.sources[change.source]) for change in changes]
     if found.heads:
         state_dict, changes = without_classifier(state_dict, changes)
         state_dict = {f"{BACKBONE}{key}": array for key, array in state_dict.items()} | found.heads
         changes = [c._replace(target=c.target and f"{BACKBONE}{c.target}") for c in changes]
-        changes += [Change(key, key, "mapped") for key in found.heads]
+        changes += [Change(found.sources[key], key, "mapped") for key in found.heads]
     changes += [Change(name, "", "left out", why) for name, why in found.left_out.items()]
     stated = {**found.config_fields, **config_fields}
     config = infer_config(state_dict)

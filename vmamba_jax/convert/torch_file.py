@@ -29,6 +29,7 @@ SHARDS = (
 # Far above any real checkpoint; they bound the memory and time that a small hostile file can cost.
 _MAX_PICKLE_BYTES = 1 << 26
 _MAX_READ_BYTES = 1 << 23  # at once: the archive's directory, a string in the pickle
+_MAX_WORD = 16  # what an archive says in a member of its own
 _CHUNK = 1 << 20
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -128,7 +129,11 @@ def _load_zip(file: _File) -> Any:
             _fill(member.read, content)
         return content
 
-    order = read("byteorder").tobytes().decode() if root + "byteorder" in members else "little"
+    order = "little"
+    if (word := members.get(root + "byteorder")) is not None:
+        if word.file_size > _MAX_WORD:
+            raise CheckpointError(f"damaged: a byte order of {word.file_size} bytes")
+        order = read("byteorder").tobytes().decode()
     if members[roots[0]].file_size > _MAX_PICKLE_BYTES:
         raise CheckpointError(f"its pickle is larger than {_MAX_PICKLE_BYTES >> 20} MiB. {RESAVE}")
     program = _File(io.BytesIO(read("data.pkl").data))

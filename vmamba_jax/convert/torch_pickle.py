@@ -21,7 +21,7 @@ RESAVE = (
 )
 
 # Far above any real checkpoint; they bound the memory and time that a small hostile file can cost.
-_MAX_BYTES = 1 << 27  # of all that a pickle makes, each operation counted as
+_MAX_BYTES = 1 << 26  # of all that a pickle makes, each operation counted as
 _OPERATION_BYTES = 128  # the largest object that one makes out of a byte or two
 _MAX_BITS = 4096  # of an integer, whose hash and product cost its length each time
 _MAX_NAME = 512

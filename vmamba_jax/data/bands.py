@@ -151,6 +151,8 @@ def read_tiff(data: bytes | Path) -> np.ndarray:
             "pip install 'vmamba-jax[tiff]'."
         ) from error
     with tifffile.TiffFile(io.BytesIO(data) if isinstance(data, bytes) else data) as file:
+        if not file.series:
+            raise ValueError("it holds no image")
         series = file.series[0]
         if series.size > _MOST_VALUES:
             raise ValueError(f"{series.size} values are too many for one image")

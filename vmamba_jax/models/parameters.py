@@ -43,7 +43,9 @@ def network_shapes(
     images = jax.ShapeDtypeStruct((1, *size, config.in_chans), jnp.float32)
     # The blocks of a stage are alike, and tracing all of a deep model takes seconds.
     one_each = config.replace(depths=(1,) * len(config.depths))
-    tree: Any = jax.eval_shape(network(one_each).init, jax.random.key(0), images)
+    # So does tracing a scan for each platform, and this one is traced soonest.
+    module: Any = network(one_each).clone(scan_implementation="reference")
+    tree: Any = jax.eval_shape(module.init, jax.random.key(0), images)
     flat: dict[Path, Any] = flax.traverse_util.flatten_dict(dict(tree))
     return {
         path: leaf.shape for first, leaf in flat.items() for path in _in_every_block(first, config)

@@ -78,11 +78,12 @@ def classification_task(config: RunConfig, mesh: Mesh, console: Console) -> Task
         console,
     )
     eval_step = make_eval_step(learner.model, mesh, preprocessing_of(data))
+    # Before anything is compiled: what does not fit is said soon.
+    start = None if weights is None else fitted(config, weights, learner.model.config)
 
     def starting_weights(initial: Variables) -> Variables:
         del initial
-        assert weights is not None
-        start = fitted(config, weights, learner.model.config)
+        assert start is not None
         say_which(console, "starting from", config, start)
         return start.variables()
 
@@ -124,7 +125,7 @@ def classification_task(config: RunConfig, mesh: Mesh, console: Console) -> Task
         ),
         about=about_model(config, learner.model.config, class_names, preprocessing_of(data)),
         check_same_run=lambda saved: check_same_run(config, saved, architecture, class_names),
-        starting_weights=None if weights is None else starting_weights,
+        starting_weights=None if start is None else starting_weights,
         evaluate=held_out,
         draw=draw,
     )
