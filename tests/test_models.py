@@ -384,7 +384,7 @@ def test_a_gated_mlp_computes_in_bfloat16():
 @pytest.mark.parametrize("shape", [(5,), (256,), (3, 3, 1, 40), (96, 192)])
 def test_initial_values_are_those_of_the_shape_itself(shape):
     key = jax.random.key(3)
-    np.testing.assert_array_equal(linear_init(key, shape), 0.02 * jax.random.normal(key, shape))
-    np.testing.assert_array_equal(
-        uniform_init(0.5)(key, shape), jax.random.uniform(key, shape, minval=-0.5, maxval=0.5)
-    )
+    normal, uniform = linear_init(key, shape), uniform_init(0.5)(key, shape)
+    np.testing.assert_allclose(normal, 0.02 * jax.random.normal(key, shape), rtol=1e-6)
+    expected = jax.random.uniform(key, shape, minval=-0.5, maxval=0.5)
+    np.testing.assert_allclose(uniform, expected, rtol=1e-6, atol=1e-7)
