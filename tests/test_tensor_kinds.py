@@ -296,11 +296,10 @@ def test_a_whole_safetensors_file_of_float8_is_read():
         (b'{"a":{"dtype":"F32","shape":"xy","data_offsets":[0,4]}}', bytes(4)),
         (b'{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}', bytes(4)),
         (b"[" * 100_000, b""),
-        (
-            b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}}'
-            % b",".join([b"%d" % (2**62)] * 100_000),
+        (  # more dimensions than any array has
+            b'{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}}' % b",".join([b"1"] * 33),
             bytes(4),
-        ),  # a product that takes minutes
+        ),
         (
             b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
             b'"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',

@@ -35,6 +35,14 @@ def is_folder(given: Path) -> bool:
     return not given.suffix or given.is_dir()
 
 
+def picture_paths(option: str, given: Path, images: Sequence[Path]) -> list[Path]:
+    """As `result_paths`, of pictures: a single one is what `check_picture` lets pass."""
+    paths = result_paths(option, given, images)
+    if not is_folder(given):
+        check_picture(option, given, images)
+    return paths
+
+
 def result_paths(
     option: str, given: Path, images: Sequence[Path], suffix: str = ".png"
 ) -> list[Path]:

@@ -29,7 +29,7 @@ from vmamba_jax.detection.mask_rcnn import MaskRCNN
 from vmamba_jax.detection.picture import draw
 from vmamba_jax.detection.preprocess import LONG_SIDE, SHORT_SIDE
 from vmamba_jax.errors import CheckpointError
-from vmamba_jax.picture_path import check_picture, is_folder, result_paths
+from vmamba_jax.picture_path import picture_paths
 from vmamba_jax.predict import find_images
 
 _Images = Annotated[tuple[Path, ...], Positional, arg(metavar="IMAGE...")]
@@ -73,9 +73,7 @@ def detect_objects(
         raise ValueError("no images: give image files, or folders that hold some")
     pictures: list[Path] = []
     if save is not None:  # what can't be written is said before the work and not after it
-        pictures = result_paths("--save", save, paths)
-        if not is_folder(save):
-            check_picture("--save", save, paths)
+        pictures = picture_paths("--save", save, paths)
     read, model, names, _ = _detector(checkpoint, InferenceConfig())
     find = partial(detect, long_side=long_side, short_side=short_side, size_divisor=size_divisor)
     results: list[Found] = []

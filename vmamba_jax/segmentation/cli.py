@@ -17,7 +17,7 @@ from vmamba_jax.convert.source import read_weights
 from vmamba_jax.convert.tasks import task_of
 from vmamba_jax.data.decode import decode_rgb
 from vmamba_jax.data.errors import DamagedRecordError
-from vmamba_jax.picture_path import check_picture, is_folder, result_paths
+from vmamba_jax.picture_path import is_folder, picture_paths, result_paths
 from vmamba_jax.predict import find_images
 from vmamba_jax.segmentation.config import Inference, UPerNetConfig
 from vmamba_jax.segmentation.inference import segment
@@ -150,9 +150,7 @@ def _targets(
     """
     pictures, label_maps = [], []
     if save is not None:
-        pictures = result_paths("--save", save, images)
-        if not is_folder(save):
-            check_picture("--save", save, images)
+        pictures = picture_paths("--save", save, images)
     if save_labels is not None:
         if not is_folder(save_labels) and save_labels.suffix.lower() != ".png":
             raise ValueError(f"--save-labels {save_labels}: label maps are written as .png files")
